@@ -1,0 +1,4 @@
+"""Networks."""
+from .simple_unet import SimpleUNet, Unet
+
+__all__ = ["SimpleUNet", "Unet"]

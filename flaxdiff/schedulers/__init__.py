@@ -1,0 +1,11 @@
+"""Noise schedules: α(t) and σ(t), and everything that follows from them."""
+from .common import NoiseScheduler
+from .continuous import CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler
+from .discrete import (CosineNoiseSchedule, CosineNoiseScheduler, DiscreteNoiseScheduler, ExpNoiseSchedule,
+                       ExpNoiseScheduler, LinearNoiseSchedule, LinearNoiseScheduler)
+from .karras import EDMNoiseScheduler, KarrasVENoiseScheduler
+
+__all__ = ["NoiseScheduler", "DiscreteNoiseScheduler", "LinearNoiseSchedule", "CosineNoiseSchedule",
+           "ExpNoiseSchedule", "LinearNoiseScheduler", "CosineNoiseScheduler", "ExpNoiseScheduler",
+           "CosineContinuousNoiseScheduler", "CosineGeneralNoiseScheduler", "KarrasVENoiseScheduler",
+           "EDMNoiseScheduler"]
