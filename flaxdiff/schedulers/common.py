@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..utils import per_image
 
-# %% ../../nbs/01_forward.ipynb #4965df1a
+# %% ../../nbs/01_forward.ipynb #2a253304
 class NoiseScheduler:
     "A process x_t = α(t) x₀ + σ(t) ε on 0 ≤ t ≤ T; a subclass defines `alpha`, `sigma` and `get_timesteps`."
     variance_exploding = False  # True where α ≡ 1
@@ -22,7 +22,7 @@ class NoiseScheduler:
     def __init__(self,
                  timesteps=1,  # T, the time of the most noise
                 ):
-        if isinstance(timesteps, bool) or not np.isscalar(timesteps) or not 0 < timesteps < np.inf:
+        if isinstance(timesteps, (bool, str)) or not np.isscalar(timesteps) or not 0 < timesteps < np.inf:
             raise ValueError(f"timesteps must be a finite number above 0, got {timesteps!r}")
         self.max_timesteps = timesteps
 
@@ -38,7 +38,7 @@ class NoiseScheduler:
         "The time at which σ(t)/α(t) is `sigmas`: the inverse of the noise-to-signal ratio."
         raise NotImplementedError(f"{type(self).__name__} must define get_timesteps(sigmas)")
 
-# %% ../../nbs/01_forward.ipynb #c2ebae58
+# %% ../../nbs/01_forward.ipynb #66e09652
 @patch
 def as_times(self: NoiseScheduler,
              t,  # scalar or (B,), float or integer
@@ -51,7 +51,6 @@ def as_times(self: NoiseScheduler,
     t = jnp.asarray(t)
     return t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(jnp.result_type(float))
 
-# %% ../../nbs/01_forward.ipynb #1a2d46a8
 @patch
 def get_rates(self: NoiseScheduler,
               t,  # scalar or (B,): times
@@ -60,15 +59,7 @@ def get_rates(self: NoiseScheduler,
     "(α(t), σ(t)), ready to multiply a batch of images."
     return jnp.reshape(self.alpha(t), shape), jnp.reshape(self.sigma(t), shape)
 
-# %% ../../nbs/01_forward.ipynb #c365b17f
-@patch
-def log_snr(self: NoiseScheduler,
-            t,  # scalar or (B,): times
-           ):
-    "log(α²/σ²), the log signal-to-noise ratio: 2λ; falls from t = 0 to T (Kingma et al. 2021, eq. 2)."
-    return 2 * (jnp.log(self.alpha(t)) - jnp.log(self.sigma(t)))
-
-# %% ../../nbs/01_forward.ipynb #e4a88944
+# %% ../../nbs/01_forward.ipynb #f802e405
 @patch
 def add_noise(self: NoiseScheduler,
               x0,  # (B, …): clean data
@@ -78,7 +69,6 @@ def add_noise(self: NoiseScheduler,
     "x_t = α(t) x₀ + σ(t) ε."
     return per_image(self.alpha(t), x0) * x0 + per_image(self.sigma(t), x0) * eps
 
-# %% ../../nbs/01_forward.ipynb #79c09747
 @patch
 def remove_all_noise(self: NoiseScheduler,
                      x_t,  # (B, …): noisy data
@@ -88,6 +78,14 @@ def remove_all_noise(self: NoiseScheduler,
     "x₀ = (x_t - σ(t) ε) / α(t): `add_noise`, undone."
     return (x_t - per_image(self.sigma(t), x_t) * eps) / per_image(self.alpha(t), x_t)
 
+# %% ../../nbs/01_forward.ipynb #c365b17f
+@patch
+def log_snr(self: NoiseScheduler,
+            t,  # scalar or (B,): times
+           ):
+    "log(α²/σ²), the log signal-to-noise ratio: 2λ; falls from t = 0 to T (Kingma et al. 2021, eq. 2)."
+    return 2 * (jnp.log(self.alpha(t)) - jnp.log(self.sigma(t)))
+
 # %% ../../nbs/01_forward.ipynb #47b5e51a
 @patch
 def _forgetting(self: NoiseScheduler, t, s):
@@ -96,7 +94,7 @@ def _forgetting(self: NoiseScheduler, t, s):
         raise ValueError(f"s must not lie after t, got s={s} and t={t}; the posterior goes from t back to s")
     return -jnp.expm1(self.log_snr(t) - self.log_snr(s))
 
-# %% ../../nbs/01_forward.ipynb #fb241c47
+# %% ../../nbs/01_forward.ipynb #58efd213
 @patch
 def get_posterior_mean(self: NoiseScheduler,
                        x0,  # (B, …): clean data
@@ -104,13 +102,12 @@ def get_posterior_mean(self: NoiseScheduler,
                        t,  # scalar or (B,): the later time
                        s,  # scalar or (B,): the earlier time, s < t
                       ):
-    "E[x_s | x_t, x₀], by Bayes' rule for two Gaussians (Kingma et al. 2021, eq. 26)."
+    "E[x_s | x_t, x₀], by Bayes' rule for two Gaussians (Ho et al. 2020, eq. 7; for any pair Kingma et al. 2021, appendix A)."
     g = per_image(self._forgetting(t, s), x_t)
     alpha_s, sigma_s, sigma_t = (per_image(v, x_t) for v in (self.alpha(s), self.sigma(s), self.sigma(t)))
     # α_t σ_s² / (α_s σ_t²) = (σ_s / σ_t) √(SNR_t / SNR_s): no division by an α that may be 0
     return alpha_s * g * x0 + (sigma_s / sigma_t) * jnp.sqrt(1 - g) * x_t
 
-# %% ../../nbs/01_forward.ipynb #7f289c99
 @patch
 def get_posterior_variance(self: NoiseScheduler,
                            t,  # scalar or (B,): the later time
@@ -119,7 +116,7 @@ def get_posterior_variance(self: NoiseScheduler,
     "Var[x_s | x_t, x₀] = σ_s² (1 - SNR_t/SNR_s), of each entry; for any pair s < t, neighbours or not."
     return self.sigma(s) ** 2 * self._forgetting(t, s)
 
-# %% ../../nbs/01_forward.ipynb #ba7732c5
+# %% ../../nbs/01_forward.ipynb #4020720d
 @patch
 def sample_timesteps(self: NoiseScheduler,
                      key,  # a JAX random key
@@ -128,7 +125,6 @@ def sample_timesteps(self: NoiseScheduler,
     "n times to train at, (n,); uniform on [0, T] unless a schedule says otherwise."
     return jax.random.uniform(key, (n,), maxval=self.max_timesteps)
 
-# %% ../../nbs/01_forward.ipynb #f1523222
 @patch
 def network_time(self: NoiseScheduler,
                  t,  # scalar or (B,): times

@@ -40,18 +40,19 @@ def _rescale_to_zero_snr(log_alpha_bar):
     a = (a - a[-1]) * a[0] / (a[0] - a[-1])
     with np.errstate(divide="ignore"): return np.concatenate([[0.0], 2 * np.log(a)])
 
-# %% ../../nbs/02_betas.ipynb #55b48725
+# %% ../../nbs/02_betas.ipynb #6c2e6649
 @patch
 def _log_alpha_bar(self: DiscreteNoiseScheduler, t):
     "log ᾱ(t), piecewise linear between the whole steps; where ᾱ(N) = 0, α itself is linear on the last interval."
-    t, N = self.as_times(t), self.max_timesteps
+    N = self.max_timesteps
+    t = jnp.clip(self.as_times(t), 0, N)  # rounding beyond the ends is allowed, the table ends there
     k = jnp.clip(jnp.floor(t), 0, N - 1).astype(jnp.int32)
     table = np.where(np.isfinite(self.log_alpha_bar), self.log_alpha_bar, 0.0)
     left, right = jnp.asarray(table[:-1], t.dtype)[k], jnp.asarray(table[1:], t.dtype)[k]
     linear = left + (t - k) * (right - left)
     if not self.zero_terminal_snr: return linear
     last = t > N - 1
-    return jnp.where(last, left + 2 * jnp.log(jnp.where(last, jnp.maximum(N - t, 0), 1)), linear)
+    return jnp.where(last, left + 2 * jnp.log(jnp.where(last, N - t, 1)), linear)
 
 @patch
 def alpha(self: DiscreteNoiseScheduler, t):
@@ -63,18 +64,20 @@ def sigma(self: DiscreteNoiseScheduler, t):
     "√(1-ᾱ(t)), without cancellation where ᾱ is almost 1."
     return jnp.sqrt(-jnp.expm1(self._log_alpha_bar(t)))
 
-# %% ../../nbs/02_betas.ipynb #3f3fd1ff
+# %% ../../nbs/02_betas.ipynb #fc8fd9aa
 @patch
 def get_timesteps(self: DiscreteNoiseScheduler,
                   sigmas,  # any shape: σ/α ≥ 0
                  ):
     "The time at which σ(t)/α(t) is `sigmas`; ᾱ = 1/(1 + (σ/α)²) is looked up in the table."
-    u = jnp.asarray(sigmas, jnp.result_type(sigmas, float) if jnp.result_type(sigmas) == int else None)
+    u = jnp.asarray(sigmas)
+    if not jnp.issubdtype(u.dtype, jnp.floating): u = u.astype(jnp.result_type(float))
     log_ab, N = -jnp.log1p(u * u), self.max_timesteps
     finite = self.log_alpha_bar[np.isfinite(self.log_alpha_bar)]
     t = jnp.interp(-log_ab, jnp.asarray(-finite, u.dtype), jnp.arange(len(finite), dtype=u.dtype))
     if not self.zero_terminal_snr: return t
-    return jnp.where(log_ab < finite[-1], N - jnp.exp((log_ab - finite[-1]) / 2), t)
+    last = float(finite[-1])
+    return jnp.where(log_ab < last, N - jnp.exp((log_ab - last) / 2), t)
 
 # %% ../../nbs/02_betas.ipynb #93a592ed
 @patch

@@ -1,0 +1,54 @@
+# make demo    train on real handwritten digits, sample new ones, measure them, write demo.png
+# make test    every test but the slow ones
+# make slow    the slow ones: every chapter executed, the site in a browser, every solver at every N
+# make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
+# make prepare before a commit: clean, export, run every chapter, README, test
+# Each sets up what it needs in .venv; Python 3.11 or later, git and make are all it asks for.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
+
+.PHONY: demo test slow docs prepare bench clean
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("flaxdiff needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python settings.ini setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python settings.ini setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch .venv/installed $@
+
+demo: .venv/installed
+	rm -rf $(RUN)
+	$(BIN)/flaxdiff-train --dataset digits --out $(RUN)
+	$(BIN)/flaxdiff-sample $(RUN) --sampler heun --steps 18 --num 256 --seed 1 --out demo.png --save $(RUN)/samples.npy
+	$(BIN)/python tests/recognisable.py $(RUN)/samples.npy
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -q -n 2 tests
+
+slow: .venv/installed-dev
+	$(BIN)/python -m pytest -q --slow -m slow tests
+
+docs: .venv/installed-dev
+	$(BIN)/python nbs/_docs.py build
+
+prepare: .venv/installed-dev
+	$(BIN)/nbdev_export
+	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python nbs/_docs.py readme
+	$(MAKE) test
+
+bench: .venv/installed-dev
+	$(BIN)/python tests/bench_sampling.py
+
+clean:
+	rm -rf _docs _proc runs demo.png dist build *.egg-info

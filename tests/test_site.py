@@ -1,0 +1,144 @@
+"""The site as a reader sees it: built, served on this machine, every page opened in Chromium.
+
+Slow. It needs chromium, node and npm; `FLAXDIFF_SHOTS=folder` keeps a picture of every page, light and dark.
+"""
+import functools, json, os, re, shutil, subprocess, sys, threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from test_repo import NOTEBOOKS, ROOT, Chapter, directives, load_script, prose_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PAGE = load_script().page_name
+BROKEN = """<p>$$x = \\tag{1}$$ and **bold**, [a link](there.html) and `code`</p><p>\\(\\frac{1}\\)</p><img src="missing.png">
+<p><a href="no_such_page.html">gone</a> <a href="index.html#no-such-heading">gone too</a></p>
+<div class="sourceCode"><pre class="sourceCode"><code class="sourceCode">#| export
+x = 1</code></pre></div><p style="color: #eee; background: #fff">pale</p><div style="width: 3000px">wide</div>"""
+
+
+def packages(folder, katex):
+    "playwright-core, which drives the browser, and KaTeX as the pages ask for it; kept in pytest's cache."
+    wanted = ["playwright-core@1", f"katex@{katex}"]
+    stamp = folder / "wanted.json"
+    if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
+        command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", *wanted]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr}"
+        stamp.write_text(json.dumps(wanted))
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory, pytestconfig):
+    "What Chromium saw on each page, and on one that is broken on purpose."
+    for tool, found in {"chromium": CHROMIUM, "node": shutil.which("node"), "npm": shutil.which("npm")}.items():
+        if not found: pytest.skip(f"{tool} is not installed")
+    root = tmp_path_factory.mktemp("site")
+    for name in ("nbs", "flaxdiff"): shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pyproject.toml", "_quarto.yml"): shutil.copy2(ROOT / name, root)
+    done = subprocess.run([sys.executable, root / "nbs" / "_docs.py", "build"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = root / "_docs"
+    text = (site / "index.html").read_text(encoding="utf-8")
+    (site / "broken.html").write_text(re.sub(r'id="quarto-sidebar"|sidebar-navigation', "", text).replace("</main>", BROKEN + "</main>"), encoding="utf-8")
+    asked = re.search(r"katex@([\d.]+)", "".join(f.read_text(encoding="utf-8") for f in site.glob("*.html")))
+    modules = packages(Path(pytestconfig.cache.mkdir("site")), asked[1] if asked else "latest")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shots = os.environ.get("FLAXDIFF_SHOTS")
+    if shots: Path(shots).mkdir(parents=True, exist_ok=True)
+    job = {"base": f"http://127.0.0.1:{server.server_port}/", "pages": sorted(f.name for f in site.glob("*.html")), "modules": str(modules),
+           "chromium": CHROMIUM, "shots": shots and str(Path(shots).resolve())}
+    try: done = subprocess.run(["node", ROOT / "tests" / "site.mjs", json.dumps(job)], capture_output=True, text=True, timeout=900)
+    finally: server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {"base": job["base"], "pages": json.loads(done.stdout)}
+
+
+def shown_cells(chapter):
+    "The cells of a notebook that its page shows."
+    for cell in chapter.cells:
+        told = directives(cell["source"]) if cell["cell_type"] == "code" else {}
+        if not told.keys() & {"hide", "default_exp", "export", "exporti"} and told.get("include:") != "false": yield cell, told
+
+
+def faults_of_any_page(page, base, pages):
+    "What is wrong on a page, whatever it is about."
+    for what, pattern in {"bold": r"\*\*", "link": r"\]\(", "directive": r"^#\|", "mathematics": r"\$|\\[a-zA-Z]+|\\[\[(]", "code": "`", "div": "^:::"}.items():
+        if found := re.search(f".{{0,30}}(?:{pattern}).{{0,30}}", page["text"], re.M): yield f"raw Markdown is seen ({what}): {found[0]!r}"
+    for error in page["mathErrors"]: yield f"KaTeX cannot set {error}"
+    for image in page["images"]:
+        if image["width"] == 0 and not image["src"].startswith("https://colab.research.google.com/"): yield f"an image is not loaded: {image['src']}"
+    for block in page["code"]:
+        if found := re.search(r"^\s*#\|.*|.*`\]\(.*", block, re.M): yield f"code shows {found[0]!r}"
+    for message in page["console"]: yield f"the page's script fails: {message}"
+    for message in page["failed"]: yield f"a request fails: {message}"
+    if page["stderr"]: yield "an output is an error, or on stderr"
+    listed = {link.split("/")[-1] for link in page["sidebar"]}
+    if missing := {PAGE(p.stem) for p in NOTEBOOKS} - listed: yield f"the sidebar lacks {', '.join(sorted(missing))}"
+    for link in sorted(set(page["links"])):
+        if not link.startswith(base): continue
+        name, _, anchor = link[len(base):].partition("#")
+        name = name.split("?")[0] or "index.html"
+        if name not in pages: yield f"a link to {name}, which is no page"
+        elif anchor and anchor not in pages[name]["ids"]: yield f"a link to {name}#{anchor}, which is not on that page"
+    for scheme, kinds in page["contrast"].items():
+        for kind, ratio in kinds.items():
+            if ratio < 3: yield f"{kind} is hard to read in the {scheme} theme: a contrast of {ratio:.1f}"
+    for where in ("wide", "wideOnPhone"):
+        if page[where] > 2: yield f"the page is wider than the window by {page[where]} pixels ({where})"
+
+
+def faults_of_chapter(page, chapter):
+    "What a page lacks of its notebook."
+    squeeze = lambda s: "".join(s.split())
+    title, promise = re.match(r"# (.*)\n\n> (.*)", chapter.cells[0]["source"]).groups()
+    plain = lambda s: squeeze(re.sub(r"[`*]|\$[^$]*\$", "", s))
+    if squeeze(page["heading"]) != plain(title): yield f"the heading is {page['heading']!r}, not {title!r}"
+    if "`" not in promise and "$" not in promise and plain(promise) not in squeeze(page["text"]): yield f"the promise is not seen: {promise}"
+    cells = list(shown_cells(chapter))
+    prose = [prose_of(cell["source"]) for cell, _ in cells if cell["cell_type"] == "markdown"]
+    equations = sum(s.count("$$") // 2 for s in prose)
+    if page["equations"] != equations: yield f"{page['equations']} equations are set, of {equations}"
+    if any(re.search(r"(?<!\$)\$[^$\n]+\$(?!\$)", s.replace("$$", "")) for s in prose) and not page["inline"]: yield "no mathematics is set inside the text"
+    code, seen = [], [squeeze(block) for block in page["code"]]
+    images = outputs = 0
+    for cell, told in cells:
+        if cell["cell_type"] != "code": continue
+        if told.get("echo:") != "false": code.append(re.sub(r"^(#\||\s*%).*\n?", "", cell["source"], flags=re.M))
+        if told.get("output:") == "false": continue
+        outputs += len(cell["outputs"])
+        images += sum(any(kind.startswith("image/") for kind in out.get("data", {})) for out in cell["outputs"])
+    for source in filter(str.strip, code):
+        if not any(squeeze(source) in block for block in seen): yield f"code is not shown: {source.strip().splitlines()[0]}"
+    loaded = [image for image in page["images"] if image["width"] and image["shown"]]
+    if len(loaded) < images: yield f"{len(loaded)} figures are seen, of {images}"
+    if page["outputs"] < outputs: yield f"{page['outputs']} outputs are seen, of {outputs}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_page(path, report):
+    name, pages = PAGE(path.stem), report["pages"]
+    assert name in pages, f"no page {name}; there are {', '.join(pages)}"
+    chapter = Chapter(path.stem, path.read_text(encoding="utf-8"))
+    faults = [*faults_of_any_page(pages[name], report["base"], pages), *faults_of_chapter(pages[name], chapter)]
+    if faults: pytest.fail("\n".join(faults), pytrace=False)
+
+
+def test_every_page_is_a_chapter(report):
+    assert set(report["pages"]) - {"broken.html"} == {PAGE(p.stem) for p in NOTEBOOKS}
+
+
+def test_a_broken_page_is_seen(report):
+    faults = "\n".join(faults_of_any_page(report["pages"]["broken.html"], report["base"], report["pages"]))
+    for word in ("(bold)", "(link)", "(mathematics)", "(code)", "KaTeX cannot set", "missing.png", "code shows '#| export'", "a request fails: 404", "the sidebar lacks",
+                 "no_such_page.html", "index.html#no-such-heading", "prose is hard to read", "wider than the window"):
+        assert word in faults, f"{word} went unseen among\n{faults}"
+    other = next(p for p in NOTEBOOKS if p.stem != "index")
+    assert list(faults_of_chapter(report["pages"]["broken.html"], Chapter(other.stem, other.read_text(encoding="utf-8"))))
