@@ -9,6 +9,8 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
+git_url = cfg["git_url"]
+readme = (here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"]({git_url}/raw/{cfg['branch']}/nbs/images/")
 pythons = ["3.11", "3.12", "3.13", "3.14"]
 extras = {k: cfg[f"{k}_requirements"].split() for k in ("data", "dev")}
 extras["dev"] += extras["data"]
@@ -17,9 +19,9 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
-    url=cfg["git_url"],
+    url=git_url,
     author=cfg["author"],
     author_email=cfg["author_email"],
     license="MIT",

@@ -94,7 +94,7 @@ def render():
     done = subprocess.run(command, cwd=PROC, text=True, stderr=subprocess.PIPE, errors="replace")
     # smalldocs says which of Quarto's options it does not know; those are meant for Quarto
     said = [line for line in done.stderr.splitlines() if not re.match(r"warning: \S+ is ignored", line)]
-    print("\n".join(said), file=sys.stderr)
+    if said: print("\n".join(said), file=sys.stderr)
     if done.returncode: raise DocsError(f"{Path(command[0]).name} failed with code {done.returncode}: {' '.join(command)} in {PROC}")
     if not quarto: rename_pages(PROC / DOCS.name)
     return PROC / DOCS.name, [line for line in said if re.match(r"\W*warning", line, re.I)]

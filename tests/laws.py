@@ -37,7 +37,7 @@ SCHEDULES = {name: cls() for name, cls in SCHEDULE_CLASSES.items()}
 ZERO_SNR = {f"{name}-zero-snr": cls(zero_terminal_snr=True) for name, cls in SCHEDULE_CLASSES.items() if takes(cls, "zero_terminal_snr")}
 SCALED = {f"{name}-scaled": cls(beta_start=0.00085, beta_end=0.012, scaled=True) for name, cls in SCHEDULE_CLASSES.items() if takes(cls, "scaled")}
 OTHER_T = {f"{name}-T{T}": cls(T) for name, cls in SCHEDULE_CLASSES.items()
-           for T in ((10, 50) if issubclass(cls, schedulers.DiscreteNoiseScheduler) else (1000, 0.3))}
+           for T in ((10,) if issubclass(cls, schedulers.DiscreteNoiseScheduler) else (1000,))}
 ALL_SCHEDULES = {**SCHEDULES, **ZERO_SNR, **SCALED, **OTHER_T}
 PREDICTORS = {name: cls() for name, cls in PREDICTOR_CLASSES.items()}
 

@@ -72,8 +72,14 @@ function look() {
     stderr: main.querySelectorAll(".cell-output-stderr, .cell-output-error").length,
     sidebar: [...document.querySelectorAll("#quarto-sidebar a[href], .sidebar-navigation a[href]")].map((e) => e.getAttribute("href")),
     links: [...document.querySelectorAll("a[href]")].map((e) => e.href),
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   };
+}
+
+// Runs in the page: what is cut off or makes the page scroll sideways, as nothing around it scrolls.
+function tooWide() {
+  const main = document.querySelector("main") ?? document.body;
+  const held = (e) => { for (let n = e; n && n !== main; n = n.parentElement) if (getComputedStyle(n).overflowX !== "visible" || n.matches(".katex-mathml")) return true; return false; };
+  return [...main.querySelectorAll("*")].filter((e) => e.getBoundingClientRect().right > innerWidth + 2 && !held(e)).map((e) => `${e.tagName.toLowerCase()} ${(e.innerText ?? "").trim().slice(0, 40)}`).slice(0, 3);
 }
 
 const browser = await chromium.launch({ executablePath, args: FLAGS });
@@ -90,8 +96,9 @@ for (const page of pages) {
     seen.contrast[scheme] = await tab.evaluate(contrasts);
     if (scheme === "light") {
       Object.assign(seen, await tab.evaluate(look));
+      seen.tooWide = await tab.evaluate(tooWide);
       await tab.setViewportSize({ width: 390, height: 800 });
-      seen.wideOnPhone = await tab.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+      seen.tooWideOnPhone = await tab.evaluate(tooWide);
       await tab.setViewportSize({ width: 1280, height: 900 });
     }
     if (shots) await tab.screenshot({ path: join(shots, `${page.replace(".html", "")}-${scheme}.png`), fullPage: true });

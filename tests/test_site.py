@@ -91,13 +91,14 @@ def faults_of_any_page(page, base, pages):
     for scheme, kinds in page["contrast"].items():
         for kind, ratio in kinds.items():
             if ratio < 3: yield f"{kind} is hard to read in the {scheme} theme: a contrast of {ratio:.1f}"
-    for where in ("wide", "wideOnPhone"):
-        if page[where] > 2: yield f"the page is wider than the window by {page[where]} pixels ({where})"
+    for where in ("tooWide", "tooWideOnPhone"):
+        if page[where]: yield f"wider than the window ({where}): {'; '.join(page[where])}"
 
 
 def faults_of_chapter(page, chapter):
     "What a page lacks of its notebook."
-    squeeze = lambda s: "".join(s.split())
+    straight = str.maketrans("‘’“”", "\'\'\"\"")
+    squeeze = lambda s: "".join(s.split()).translate(straight)
     title, promise = re.match(r"# (.*)\n\n> (.*)", chapter.cells[0]["source"]).groups()
     plain = lambda s: squeeze(re.sub(r"[`*]|\$[^$]*\$", "", s))
     if squeeze(page["heading"]) != plain(title): yield f"the heading is {page['heading']!r}, not {title!r}"

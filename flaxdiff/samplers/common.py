@@ -20,13 +20,12 @@ from ..predictors.common import EpsilonPredictor, check_predictor
 from .grids import uniform_grid
 from ..utils import RandomMarkovState, as_key, check_positive_int, clip_images, per_image
 
-# %% ../../nbs/05_sampling.ipynb #9dbbfacc
+# %% ../../nbs/05_sampling.ipynb #3c3e9a59
 class SamplerState(RandomMarkovState):
     "What a solver carries from step to step: the random key, and its memory of earlier steps."
     memory: Any = ()  # arrays of fixed shape, made by `init_memory`
     denoise: Callable = flax.struct.field(pytree_node=False, default=None)  # (x, t) -> (x̂₀, ε̂): one network call
 
-# %% ../../nbs/05_sampling.ipynb #86dcfb29
 class DiffusionSampler:
     "From noise to data in one compiled scan; a solver is a subclass with `take_next_step` (and `init_memory`)."
     def __init__(self,
@@ -41,8 +40,7 @@ class DiffusionSampler:
         if guidance_scale != 1.0:
             raise NotImplementedError(f"guidance_scale={guidance_scale}: guidance is not built yet, only 1.0 (none) works")
         self.model, self.params, self.noise_schedule = model, params, noise_schedule
-        self.model_output_transform = model_output_transform or EpsilonPredictor()
-        self.guidance_scale = guidance_scale
+        self.model_output_transform, self.guidance_scale = model_output_transform or EpsilonPredictor(), guidance_scale
         check_predictor(self.model_output_transform, noise_schedule)
         self._starts_pure = float(noise_schedule.alpha(noise_schedule.max_timesteps)) == 0
         self._run = jax.jit(self._scan, static_argnames="denoise_final")
@@ -100,7 +98,7 @@ def _scan(self: DiffusionSampler, params, x, times, key, conditioning, denoise_f
     (x, _, _), _ = jax.lax.scan(step, (x, key, self.init_memory(x)), (times[:-1], times[1:]))
     return denoise(x, times[-1])[0].astype(x.dtype) if denoise_final else x
 
-# %% ../../nbs/05_sampling.ipynb #127b4e16
+# %% ../../nbs/05_sampling.ipynb #d0a3f2b2
 @patch
 def _leave_pure_noise(self: DiffusionSampler, carry, memory, x0, eps, t, s):
     "From a level with α = 0, where σ/α is infinite, every solver's step is DDIM's and leaves no memory."
@@ -109,6 +107,12 @@ def _leave_pure_noise(self: DiffusionSampler, carry, memory, x0, eps, t, s):
     pure = self.noise_schedule.alpha(t) == 0
     pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(pure, a, b), a, b)
     return pick(self.ddim_step(x0, eps, s).astype(x.dtype), x), key, pick(memory, new_memory)
+
+@patch
+def _prior_std(self: DiffusionSampler, t):
+    "σ where α ≡ 1, else √(α²+σ²)."
+    sigma = self.noise_schedule.sigma(t)
+    return sigma if self.noise_schedule.variance_exploding else jnp.hypot(self.noise_schedule.alpha(t), sigma)
 
 # %% ../../nbs/05_sampling.ipynb #f2b62296
 @patch
@@ -175,13 +179,7 @@ def generate_images(self: DiffusionSampler,
     elif jnp.ndim(priors) != 4: raise ValueError(f"priors must have shape (B, H, W, C), got {jnp.shape(priors)}")
     return clip_images(self.sample(priors, steps, key, conditioning))
 
-# %% ../../nbs/05_sampling.ipynb #fc85f6a7
-@patch
-def _prior_std(self: DiffusionSampler, t):
-    "σ where α ≡ 1, else √(α²+σ²)."
-    sigma = self.noise_schedule.sigma(t)
-    return sigma if self.noise_schedule.variance_exploding else jnp.hypot(self.noise_schedule.alpha(t), sigma)
-
+# %% ../../nbs/05_sampling.ipynb #12abb8ec
 @patch
 def _image_shape(self: DiffusionSampler, image_size, channels):
     "(H, W, C), from the arguments or else from the model."

@@ -1,0 +1,20 @@
+"""Every chapter runs from top to bottom, on this machine, today."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted(p.name for p in NBS.glob("[!_.]*.ipynb")))
+def test_runs_from_top_to_bottom(notebook, tmp_path):
+    for source in [NBS / notebook, NBS / "images"]:
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output", "executed.ipynb", str(tmp_path / notebook)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    assert done.returncode == 0, done.stderr[-3000:]
