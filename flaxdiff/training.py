@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'SAMPLERS', 'TrainConfig', 'check_config', 'make_trainer', 'write_whole', 'write_json',
-           'save_grid', 'fingerprint', 'train_run', 'sampler_of', 'train_parser', 'choose_config', 'train_main',
-           'load_run', 'read_config', 'sample_parser', 'sample_run', 'sample_main']
+           'save_grid', 'fingerprint', 'train_run', 'sampler_of', 'train_parser', 'load_run', 'read_config',
+           'choose_config', 'train_main', 'sample_parser', 'sample_run', 'sample_main']
 
-# %% ../nbs/27_train.ipynb #8bb191e4
+# %% ../nbs/27_train.ipynb #5b39cb27
 import argparse
 import dataclasses
 import hashlib
@@ -15,13 +15,14 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from fastcore.docments import docments
 
 from .data import get_dataset
 from .models import SimpleUNet
@@ -40,36 +41,33 @@ PREDICTORS = {"edm": KarrasEDMPredictor, "epsilon": EpsilonPredictor, "x0": X0Pr
 SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "rk4": RK4Sampler, "ddim": DDIMSampler,
             "euler-ancestral": EulerAncestralSampler}
 
-# %% ../nbs/27_train.ipynb #09b9fa5d
-def _option(default, help, **metadata):
-    "A field of `TrainConfig` that is a flag of the command too."
-    return field(default=default, metadata={"help": help, **metadata})
-
-# %% ../nbs/27_train.ipynb #4dba3c20
+# %% ../nbs/27_train.ipynb #cfe262d9
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything a run depends on: written to RUN/config.json, and each field a flag of `flaxdiff-train`."
-    dataset: str = _option("digits", "'digits', or the name of a TensorFlow data set")
-    image_size: int = _option(None, "height and width in pixels; by default 8 for the digits, else 64")
-    channels: int = _option(None, "colour channels, 1 or 3; by default 1 for the digits, else 3")
-    schedule: str = _option("edm", "noise schedule", choices=sorted(SCHEDULES))
-    predictor: str = _option("edm", "what the network's output means", choices=sorted(PREDICTORS))
-    sigma_data: float = _option(None, "standard deviation of the data, for the EDM schedules and predictor; by default 0.75 for the digits, else 0.5")
-    features: tuple = _option((32, 64), "channels of the UNet at each resolution, from the finest")
-    attention_levels: int = _option(1, "how many of the coarsest places have attention: 1 is the middle alone, 0 none")
-    heads: int = _option(4, "heads of each attention")
-    res_blocks: int = _option(1, "residual blocks at each resolution")
-    emb_features: int = _option(128, "length of the time embedding")
-    steps: int = _option(1200, "updates in all")
-    batch_size: int = _option(128, "images an update")
-    learning_rate: float = _option(2e-3, "of Adam: rises over the first tenth, then falls as a cosine")
-    ema_decay: float = _option(0.995, "of the averaged parameters that sampling uses")
-    flip: bool = _option(False, "mirror half of the images at random")
-    seed: int = _option(0, "of the parameters, the noise and the order of the data")
-    checkpoint_every: int = _option(500, "updates between checkpoints")
+    dataset: str = "digits"  # 'digits', or the name of a TensorFlow data set
+    image_size: int = None  # height and width in pixels; by default 8 for the digits, else 64
+    channels: int = None  # colour channels, 1 or 3; by default 1 for the digits, else 3
+    schedule: str = "edm"  # noise schedule
+    predictor: str = "edm"  # what the network's output means
+    sigma_data: float = None  # standard deviation of the data, for the EDM schedules and predictor; by default 0.75 for the digits, else 0.5
+    features: tuple = (32, 64)  # channels of the UNet at each resolution, from the finest
+    attention_levels: int = 1  # how many of the coarsest places have attention: 1 is the middle alone, 0 none
+    heads: int = 4  # heads of each attention
+    res_blocks: int = 1  # residual blocks at each resolution
+    emb_features: int = 128  # length of the time embedding
+    steps: int = 1200  # updates in all
+    batch_size: int = 128  # images an update
+    learning_rate: float = 2e-3  # of Adam: rises over the first tenth, then falls as a cosine
+    ema_decay: float = 0.995  # of the averaged parameters that sampling uses
+    flip: bool = False  # mirror half of the images at random
+    seed: int = 0  # of the parameters, the noise and the order of the data
+    checkpoint_every: int = 500  # updates between checkpoints
 
-# %% ../nbs/27_train.ipynb #4b6c8ab2
-def check_config(config):
+# %% ../nbs/27_train.ipynb #ad9e98ad
+def check_config(
+    config,  # a `TrainConfig`
+):
     "A `ValueError` for what no run can be made of; the parts check the rest themselves."
     for name in ("steps", "batch_size", "checkpoint_every", "heads", "image_size", "channels"):
         if getattr(config, name) is not None: check_positive_int(name, getattr(config, name))
@@ -97,7 +95,7 @@ def make_trainer(
     trainer.initialize(np.zeros((len(trainer.devices), size, size, channels), np.float32))
     return trainer, data, datalen
 
-# %% ../nbs/27_train.ipynb #a57604d9
+# %% ../nbs/27_train.ipynb #324203b9
 def write_whole(
     path,  # the file to write
     write,  # called with the path to write to
@@ -112,7 +110,10 @@ def write_whole(
     finally:
         partial.unlink(missing_ok=True)
 
-def write_json(path, value):
+def write_json(
+    path,  # the file to write
+    value,  # what JSON can hold
+):
     "`value` as indented JSON, whole or not at all."
     write_whole(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
@@ -177,7 +178,7 @@ def sampler_of(
     if name not in SAMPLERS: raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     return SAMPLERS[name](trainer.model, trainer.state.ema_params, trainer.noise_schedule, trainer.model_output_transform)
 
-# %% ../nbs/27_train.ipynb #e0115118
+# %% ../nbs/27_train.ipynb #4d5a0cfb
 def _integers(text):
     "32,64 as (32, 64)."
     try: return tuple(int(v) for v in text.split(","))
@@ -191,12 +192,31 @@ def train_parser():
     parser.add_argument("--resume", action="store_true", help="go on from RUN's last checkpoint, if it has one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for f in dataclasses.fields(TrainConfig):
+        text, choices = docments(TrainConfig)[f.name], {"schedule": sorted(SCHEDULES), "predictor": sorted(PREDICTORS)}.get(f.name)
         flag, default = "--" + f.name.replace("_", "-"), ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        help = f.metadata["help"] + ("" if default is None else f" (default: {default})")
-        if f.type is bool: parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
-        else: parser.add_argument(flag, type=_integers if f.type is tuple else f.type, choices=f.metadata.get("choices"),
-                                  metavar=None if "choices" in f.metadata else {int: "N", float: "X", str: "NAME", tuple: "N,N,…"}[f.type], help=help)
+        if f.type is bool: parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else: parser.add_argument(flag, type=_integers if f.type is tuple else f.type, choices=choices,
+                                  metavar=None if choices else {int: "N", float: "X", str: "NAME", tuple: "N,N,…"}[f.type],
+                                  help=text + ("" if default is None else f" (default: {default})"))
     return parser
+
+# %% ../nbs/27_train.ipynb #8d3079fe
+def load_run(
+    run,  # the folder of a run
+):
+    "The trainer of a run, at its last checkpoint. `ValueError` where there is none."
+    path = Path(run) / "config.json"
+    if not path.exists(): raise ValueError(f"RUN must be a folder that flaxdiff-train wrote, {run} has no config.json")
+    trainer, _, _ = make_trainer(read_config(path), run)
+    if trainer.restore() is None: raise ValueError(f"RUN must hold a checkpoint, {run} has none yet; train it first")
+    return trainer
+
+def read_config(
+    path,  # a config.json
+):
+    "The `TrainConfig` in a config.json."
+    raw = json.loads(Path(path).read_text())
+    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 # %% ../nbs/27_train.ipynb #115a21f0
 def choose_config(
@@ -231,22 +251,6 @@ def train_main(
     summary = _exit_on_error("flaxdiff-train", lambda: train_run(choose_config(given, out, resume), out, resume, not quiet))
     print(f"{out}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s")
 
-# %% ../nbs/27_train.ipynb #cdfa2fac
-def load_run(
-    run,  # the folder of a run
-):
-    "The trainer of a run, at its last checkpoint. `ValueError` where there is none."
-    path = Path(run) / "config.json"
-    if not path.exists(): raise ValueError(f"RUN must be a folder that flaxdiff-train wrote, {run} has no config.json")
-    trainer, _, _ = make_trainer(read_config(path), run)
-    if trainer.restore() is None: raise ValueError(f"RUN must hold a checkpoint, {run} has none yet; train it first")
-    return trainer
-
-def read_config(path):
-    "The `TrainConfig` in a config.json."
-    raw = json.loads(Path(path).read_text())
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-
 # %% ../nbs/27_train.ipynb #b72a697a
 def sample_parser():
     "The flags of `flaxdiff-sample`."
@@ -263,8 +267,10 @@ def sample_parser():
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="strength of guidance; 1 is none")
     return parser
 
-# %% ../nbs/27_train.ipynb #4cbc8254
-def sample_run(args):
+# %% ../nbs/27_train.ipynb #8f410ded
+def sample_run(
+    args,  # what `sample_parser` made of the flags
+):
     "Sample as the flags say, and write the picture."
     for name, missing in (("label", "labels"), ("prompt", "text prompts")):
         if getattr(args, name) is not None: raise NotImplementedError(f"--{name} {getattr(args, name)}: {missing} are not built yet")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxdiff import predictors, samplers, schedulers
-from flaxdiff.exact import ExactModel, Gaussian, GaussianMixture
+from flaxdiff.exact import ExactModel, GaussianMixture
 
 
 def enrolled(package, base, abstract=()):
@@ -39,6 +39,8 @@ SCALED = {f"{name}-scaled": cls(beta_start=0.00085, beta_end=0.012, scaled=True)
 OTHER_T = {f"{name}-T{T}": cls(T) for name, cls in SCHEDULE_CLASSES.items()
            for T in ((10,) if issubclass(cls, schedulers.DiscreteNoiseScheduler) else (1000,))}
 ALL_SCHEDULES = {**SCHEDULES, **ZERO_SNR, **SCALED, **OTHER_T}
+EACH_KIND = ("LinearNoiseSchedule", "CosineContinuousNoiseScheduler", "EDMNoiseScheduler", "CosineNoiseSchedule-zero-snr")
+ONE_ZERO = (*SCHEDULES, "CosineNoiseSchedule-zero-snr")
 PREDICTORS = {name: cls() for name, cls in PREDICTOR_CLASSES.items()}
 
 
@@ -52,11 +54,14 @@ def decodable(predictor, schedule):
     return float(predictor.determinant(schedule.alpha(T), schedule.sigma(T))) != 0
 
 
-def over(**tables):
-    "Parametrize over tables of named things, all with all."
+def over(at_once=None, **tables):
+    "Parametrize over tables of named things, all with all; schedules that are not in `at_once` wait for --slow."
+    def param(argument, name, value):
+        waits = argument == "schedule" and at_once is not None and name not in at_once
+        return pytest.param(value, id=name, marks=[pytest.mark.slow] if waits else [])
     def mark(test):
         for argument, table in tables.items():
-            test = pytest.mark.parametrize(argument, list(table.values()), ids=list(table))(test)
+            test = pytest.mark.parametrize(argument, [param(argument, *item) for item in table.items()])(test)
         return test
     return mark
 
@@ -87,7 +92,7 @@ class Wave:
 
 WAVE = Wave()
 MIXTURE = GaussianMixture([-0.8, 0.1, 0.7], [0.3, 0.2, 0.25], [0.3, 0.3, 0.4])
-POINT = Gaussian([0.3], [0.0])
+POINT = GaussianMixture([0.3], 0.0)
 
 
 @functools.lru_cache(maxsize=None)

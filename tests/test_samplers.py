@@ -1,15 +1,18 @@
 """Laws of every sampler: orders, calls, keys, exact answers. A name new in `samplers.__all__` is enrolled by that; `ORDERS` and `CALLS` ask for its two numbers."""
+import functools
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from flaxdiff.exact import ExactModel, FiniteDataset, Gaussian
+from flaxdiff.exact import ExactModel, FiniteDataset, GaussianMixture
 from flaxdiff.samplers import (DDIMSampler, DiffusionSampler, EulerAncestralSampler, EulerSampler, HeunSampler, karras_grid,
                                lambda_grid, uniform_grid)
 from flaxdiff.schedulers import CosineNoiseSchedule, EDMNoiseScheduler
-from laws import (ALL_SCHEDULES, GRIDS, MIXTURE, POINT, PREDICTORS, SAMPLER_CLASSES, SCALED, SCHEDULES, WAVE, ZERO_SNR, Wave, decodable,
+from laws import (ALL_SCHEDULES, EACH_KIND, GRIDS, MIXTURE, ONE_ZERO, POINT, PREDICTORS, SAMPLER_CLASSES, SCALED, SCHEDULES, WAVE, ZERO_SNR, Wave, decodable,
                   default_predictor, ends_pure, exact_sampler, has_memory, is_discrete, is_stochastic, over, takes, walk, wave_sampler, x64)
 
 # measured order of convergence; a stochastic sampler is listed with the options that make it deterministic
@@ -18,17 +21,18 @@ QUIET = {"EulerAncestralSampler": (("eta", 0.0),)}
 # network calls for N levels
 CALLS = {"EulerSampler": lambda N: N, "DDIMSampler": lambda N: N, "EulerAncestralSampler": lambda N: N,
          "HeunSampler": lambda N: 2 * N - 1, "RK4Sampler": lambda N: 4 * N - 3}
-STOCHASTIC = {"DDIM(1)": (DDIMSampler, 1.0), "DDIM(.5)": (DDIMSampler, 0.5), "Ancestral(1)": (EulerAncestralSampler, 1.0), "Ancestral(.3)": (EulerAncestralSampler, 0.3)}
+STOCHASTIC = {"DDIM(.6)": (DDIMSampler, 0.6), "Ancestral(1)": (EulerAncestralSampler, 1.0)}
 
 WITH_ZERO_SNR = {**SCHEDULES, **ZERO_SNR}
 EDM, LINEAR, COSINE = SCHEDULES["EDMNoiseScheduler"], SCHEDULES["LinearNoiseSchedule"], SCHEDULES["CosineNoiseSchedule"]
 TWO_SCHEDULES = {"EDM": EDM, "linear": LINEAR}
+SHAPE, STRIDE = (2, 2, 2, 1), 16  # of most tests, so that they share what is compiled
 
 
 def quiet(cls): return QUIET.get(cls.__name__, ())
 
 
-def between(schedule, n, most=8.0, least=0.1, grid=karras_grid):
+def between(schedule, n, most=8.0, least=0.12, grid=karras_grid):
     "n + 1 times, from σ/α = `most` to `least`."
     with jax.enable_x64(True): start, end = (float(schedule.get_timesteps(u)) for u in (most, least))
     return grid(schedule, start, end, n + 1)
@@ -45,18 +49,17 @@ def test_every_sampler_has_its_numbers():
 # Against exact answers
 
 def last_error(sampler, x, steps, truth):
-    stride = 16
-    end = sampler.sample(x, steps, rng=0, denoise_final=False) if has_memory(sampler) else walk(sampler, x, steps, stride=stride)
+    end = sampler.sample(x, steps, rng=0, denoise_final=False) if has_memory(sampler) else walk(sampler, x, steps, stride=STRIDE)
     return float(jnp.sqrt(jnp.mean((end - truth) ** 2)))
 
 
-@over(cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+@over(ONE_ZERO, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_order_of_convergence(cls, schedule, x64):
     "On a mixture, against its exact ODE solution, in float64."
     assert not is_stochastic(cls, quiet(cls))
     sampler = exact_sampler(cls, schedule, PREDICTORS["VPredictor"], options=quiet(cls))
     start, end = (rates(schedule, t) for t in between(schedule, 1))
-    x = np.hypot(*start) * np.linspace(-2.2, 2.2, 24).reshape(2, 3, 4, 1)
+    x = np.hypot(*start) * np.linspace(-2.2, 2.2, 8).reshape(SHAPE)
     truth = MIXTURE.ode_solution(x, start, end)
     sizes = (64, 128, 256)
     errors = [last_error(sampler, x, between(schedule, n), truth) for n in sizes]
@@ -64,46 +67,37 @@ def test_order_of_convergence(cls, schedule, x64):
     assert abs(orders[-1] - ORDERS[cls.__name__]) <= 0.15, f"errors {errors}, orders {orders}"
 
 
-def agree(cls, schedule, steps):
+@over(("EDMNoiseScheduler", "CosineContinuousNoiseScheduler"), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+def test_predictors_agree(cls, schedule, x64):
+    "The network's output means one thing, whichever way it is said."
     known = [p for p in PREDICTORS.values() if decodable(p, schedule)]
+    steps = between(schedule, STRIDE, 20, 0.12)
     alpha, sigma = rates(schedule, steps[0])
-    x = alpha * 0.3 + sigma * np.random.default_rng(0).normal(size=(2, 2, 2, 1))
-    ends = [np.asarray(exact_sampler(cls, schedule, p).sample(x, steps, rng=3)) for p in known]
-    for end in ends[1:]: np.testing.assert_allclose(end, ends[0], rtol=1e-8, atol=1e-8)
+    x = alpha * 0.3 + sigma * np.random.default_rng(0).normal(size=SHAPE)
+    ends = [np.asarray(exact_sampler(cls, schedule, p, options=quiet(cls)).sample(x, steps, rng=3, denoise_final=False)) for p in known]
+    for end in ends[1:]: np.testing.assert_allclose(end, ends[0], rtol=1e-9, atol=1e-9)
     assert len(known) >= 3 and np.abs(ends[0]).max() < 3
 
 
-@over(cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
-def test_predictors_agree(cls, schedule, x64):
-    "The network's output means one thing, whichever way it is said."
-    agree(cls, schedule, between(schedule, 6, 20, 0.02))
-
-
-@pytest.mark.slow
-@over(cls=SAMPLER_CLASSES, schedule=ALL_SCHEDULES)
-def test_predictors_agree_on_every_schedule(cls, schedule, x64):
-    agree(cls, schedule, between(schedule, 6, 20, 0.3 if schedule.max_timesteps == 10 else 0.02))
-
-
-@over(cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_one_point_takes_one_step(cls, schedule, x64):
     "ε̂ does not change along the path of a single example: in the σ/α frame any step is exact, and the last x̂₀ always is."
     options = quiet(cls) + ((("frame", "sigma"),) if takes(cls, "frame") else ())
     sampler = exact_sampler(cls, schedule, PREDICTORS["VPredictor"], POINT, options)
-    eps = np.random.default_rng(0).normal(size=(3, 2, 2, 1))
+    eps = np.random.default_rng(0).normal(size=SHAPE)
     steps = between(schedule, 1)
     (a0, s0), (a1, s1) = (rates(schedule, t) for t in steps)
     end = sampler.sample(a0 * 0.3 + s0 * eps, steps, rng=0, denoise_final=False)
     np.testing.assert_allclose(end, a1 * 0.3 + s1 * eps, rtol=1e-11, atol=1e-12)
 
 
-@over(cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
+@over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
 def test_one_example_is_found(cls, schedule):
     "As `generate_images` in float32, with any number of levels, stochastic or not; also from a data set of one picture."
     image = np.linspace(-0.9, 0.9, 12).reshape(1, 2, 2, 3)
     predictor = PREDICTORS["KarrasEDMPredictor"]
     sampler = cls(ExactModel(FiniteDataset(image), schedule, predictor, (2, 2, 3)), {}, schedule, predictor)
-    for n in (1, 3): np.testing.assert_allclose(sampler.generate_images(4, n, rng=n), np.repeat(image, 4, 0), atol=2e-5)
+    np.testing.assert_allclose(sampler.generate_images(2, 3, rng=1), np.repeat(image, 2, 0), atol=2e-5)
 
 
 def affine(schedule, t, s, mean, variance):
@@ -113,12 +107,12 @@ def affine(schedule, t, s, mean, variance):
     return gain, mean * (1 - gain * alpha)
 
 
-@over(schedule=WITH_ZERO_SNR, kind=STOCHASTIC)
+@over(EACH_KIND, schedule=WITH_ZERO_SNR, kind=STOCHASTIC)
 def test_stochastic_mean_and_variance(kind, schedule):
     "Gaussian data make every step linear: mean and variance after N steps follow by hand (Song et al. 2021a, eq. 12 and 16)."
     (cls, eta), mean, variance = kind, 0.4, 0.09
     predictor = PREDICTORS["VPredictor"]
-    sampler = exact_sampler(cls, schedule, predictor, Gaussian([mean], [variance]), (("eta", eta),))
+    sampler = exact_sampler(cls, schedule, predictor, GaussianMixture([mean], variance ** 0.5), (("eta", eta),))
     steps = between(schedule, 5, 5.0, 0.15)
     alpha, sigma = rates(schedule, steps[0])
     m, v = alpha * 1.0, sigma ** 2 * 0.5  # begin off the marginal, to see the transient too
@@ -138,22 +132,25 @@ def test_stochastic_mean_and_variance(kind, schedule):
     assert abs(end.var() / v - 1) < 5 * np.sqrt(2 / n)
 
 
-@over(schedule=WITH_ZERO_SNR)
+def in_turn(cls, schedule):
+    "A predictor for this pair, so that all are met."
+    known = [p for p in PREDICTORS.values() if decodable(p, schedule)]
+    return known[(list(SAMPLER_CLASSES).index(cls.__name__) + list(map(id, WITH_ZERO_SNR.values())).index(id(schedule))) % len(known)]
+
+
+@over(ONE_ZERO, schedule=WITH_ZERO_SNR)
 def test_ddim_is_euler_and_ancestral(schedule):
     "Bit for bit: Euler = DDIM(0) and DDIM(η) = Euler ancestral(η)."
-    predictor = default_predictor(schedule)
-    make = lambda cls, **kw: wave_sampler(cls, schedule, predictor, options=tuple(kw.items()))
-    x = jax.random.normal(jax.random.PRNGKey(0), (2, 3, 3, 1))
-    steps = uniform_grid(schedule, schedule.max_timesteps, schedule.min_time, 5)
-    euler, ddim, quiet_ancestral = (np.asarray(make(*a, **k).sample(x, steps, rng=1)) for a, k in
-                                    (((EulerSampler,), {}), ((DDIMSampler,), {}), ((EulerAncestralSampler,), {"eta": 0.0})))
-    np.testing.assert_array_equal(euler, ddim)
-    np.testing.assert_array_equal(euler, quiet_ancestral)
-    for eta in (0.4, 1.0):
-        a, b = (np.asarray(make(cls, eta=eta).sample(x, steps, rng=1)) for cls in (DDIMSampler, EulerAncestralSampler))
-        np.testing.assert_array_equal(a, b)
-        assert np.any(a != euler) and np.all(np.isfinite(a))
-    np.testing.assert_array_equal(make(EulerAncestralSampler).sample(x, steps, rng=1), a)  # η = 1 by default
+    predictor = in_turn(EulerSampler, schedule)
+    x, steps = jax.random.normal(jax.random.PRNGKey(0), SHAPE), uniform_grid(schedule, schedule.max_timesteps, schedule.min_time, 5)
+    run = lambda cls, *options: np.asarray(walk(wave_sampler(cls, schedule, predictor, options=options), x, steps, rng=1))
+    euler = run(EulerSampler)
+    np.testing.assert_array_equal(euler, run(DDIMSampler))
+    np.testing.assert_array_equal(euler, run(EulerAncestralSampler, ("eta", 0.0)))
+    some, all_of_it = run(EulerAncestralSampler, ("eta", 0.6)), run(EulerAncestralSampler)  # η = 1 by default
+    np.testing.assert_array_equal(some, run(DDIMSampler, ("eta", 0.6)))
+    np.testing.assert_array_equal(all_of_it, run(DDIMSampler, ("eta", 1.0)))
+    assert np.any(some != euler) and np.any(some != all_of_it) and np.all(np.isfinite(some + all_of_it))
 
 
 def edm_algorithm_1(denoise, x, sigmas):
@@ -166,12 +163,13 @@ def edm_algorithm_1(denoise, x, sigmas):
     return x
 
 
-@pytest.mark.parametrize("N", [2, 18, 40])
+@pytest.mark.parametrize("N", [3, 18])
 def test_heun_is_edms_algorithm(N, x64):
     "On EDM's own grid, to the last digits."
     def denoise(x, sigma):
         w, m, v = MIXTURE.weights, MIXTURE.means[:, 0], MIXTURE.stds ** 2 + sigma ** 2
-        p = w * np.exp(-(x[..., None] - m) ** 2 / (2 * v)) / np.sqrt(v)
+        log_p = np.log(w / np.sqrt(v)) - (x[..., None] - m) ** 2 / (2 * v)
+        p = np.exp(log_p - log_p.max(-1, keepdims=True))
         means = (m * sigma ** 2 + MIXTURE.stds ** 2 * x[..., None]) / v
         return (p * means).sum(-1) / p.sum(-1)
     ramp = (80 ** (1 / 7) + np.arange(N) / (N - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
@@ -182,15 +180,15 @@ def test_heun_is_edms_algorithm(N, x64):
     np.testing.assert_allclose(sampler.sample(x, steps), edm_algorithm_1(denoise, x, ramp), rtol=1e-10, atol=1e-12)
 
 
-@over(cls=SAMPLER_CLASSES, schedule=ZERO_SNR)
+@over(("CosineNoiseSchedule-zero-snr",), cls=SAMPLER_CLASSES, schedule=ZERO_SNR)
 @pytest.mark.parametrize("name", ["VPredictor", "X0Predictor"])
 def test_from_pure_noise_the_first_step_is_ddims(cls, schedule, name):
     "Where α = 0, σ/α is infinite: x_s = α_s x̂₀ + σ_s ε̂ with ε̂ = x_T for every solver."
     predictor, T = PREDICTORS[name], schedule.max_timesteps
     sampler = wave_sampler(cls, schedule, predictor)
-    x = jax.random.normal(jax.random.PRNGKey(0), (3, 2, 2, 1))
+    x = jax.random.normal(jax.random.PRNGKey(0), SHAPE)
     s = 0.7 * T
-    F = np.asarray(WAVE.apply(Wave.params, x, jnp.full(3, schedule.network_time(T))))
+    F = np.asarray(WAVE.apply(Wave.params, x, jnp.full(2, schedule.network_time(T))))
     alpha, sigma = rates(schedule, s)
     want = alpha * (-F if name == "VPredictor" else F) + sigma * np.asarray(x)
     np.testing.assert_allclose(sampler.sample(x, [T, s], rng=0, denoise_final=False), want, rtol=2e-5, atol=2e-6)
@@ -208,7 +206,7 @@ def all_finite(cls, schedule, predictor, model, counts):
     "Each N by steps that share one compilation where the solver has no memory, from the grid and prior of `generate_images`."
     sampler = wave_sampler(cls, schedule, predictor, model)
     T = schedule.max_timesteps
-    noise = jax.random.normal(jax.random.PRNGKey(0), (2, 2, 2, 1)) * (float(schedule.sigma(T)) if schedule.variance_exploding else 1)
+    noise = jax.random.normal(jax.random.PRNGKey(0), SHAPE) * (float(schedule.sigma(T)) if schedule.variance_exploding else 1)
     for n in counts:
         steps = sampler.make_steps(n)
         end = sampler.sample(noise, steps, rng=0) if has_memory(sampler) else walk(sampler, noise, steps, denoise_final=True)
@@ -218,12 +216,15 @@ def all_finite(cls, schedule, predictor, model, counts):
 BFLOAT16 = Wave(dtype=jnp.bfloat16)
 
 
-@over(cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+@over(ONE_ZERO, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_finite(cls, schedule):
-    "With few levels and many; the predictor and the network's precision take turns, all of them under --slow."
-    turn = list(SAMPLER_CLASSES).index(cls.__name__) + list(WITH_ZERO_SNR.values()).index(schedule)
-    known = [p for p in PREDICTORS.values() if decodable(p, schedule)]
-    all_finite(cls, schedule, known[turn % len(known)], (WAVE, BFLOAT16)[turn // 2 % 2], (1, 2, 3, 7, 18, 50))
+    "With few levels and many; the predictors take turns, all of them under --slow."
+    all_finite(cls, schedule, in_turn(cls, schedule), WAVE, (1, 2, 3, 7, 18, 50))
+
+
+@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+def test_finite_with_a_bfloat16_network(cls, schedule):
+    all_finite(cls, schedule, in_turn(cls, schedule), BFLOAT16, (1, 2, 18))
 
 
 @pytest.mark.slow
@@ -234,11 +235,11 @@ def test_finite_with_every_number_of_levels(cls, schedule, predictor, model):
     all_finite(cls, schedule, predictor, model, range(1, 51))
 
 
-@over(cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
+@over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
 def test_walking_is_sampling(cls, schedule):
     "The short cut of these tests: steps taken one compilation at a time are those of the one scan."
     if has_memory(sampler := wave_sampler(cls, schedule, PREDICTORS["VPredictor"], options=quiet(cls))): pytest.skip("remembers")
-    x, steps = jnp.ones((1, 2, 2, 1)), sampler.make_steps(5)
+    x, steps = jnp.ones(SHAPE), sampler.make_steps(5)
     np.testing.assert_allclose(walk(sampler, x, steps, denoise_final=True), sampler.sample(x, steps, rng=0), rtol=1e-4, atol=1e-5)
 
 
@@ -272,10 +273,12 @@ def test_one_scan_and_no_weights_baked_in(cls, schedule):
     sampler = cls(Heavy(), Heavy.params, schedule, PREDICTORS["VPredictor"])
     x, steps = jnp.ones((2, 4, 4, 1)), sampler.make_steps(9)
     jaxpr = jax.make_jaxpr(lambda x: sampler.sample(x, steps, rng=0))(x)
-    scans = [e for e in equations(jaxpr) if e.primitive.name in ("scan", "while") and e.params.get("length", 0) != 1]
-    assert [e.primitive.name for e in scans] == ["scan"] and scans[0].params["length"] == 8
+    scans = [e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == 8]
+    assert len(scans) == 1
     programs = [e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("jit", "pjit") and any(s in list(equations(e.params["jaxpr"])) for s in scans)]
     assert len(programs) == 1, "sampling is one compiled program"
+    loops = [e for e in programs[0].params["jaxpr"].jaxpr.eqns if e.primitive.name in ("scan", "while")]
+    assert loops == scans, "with one loop (inside it, a schedule may search its table by another)"
     assert any(v.aval.shape == (1000, 1000) for v in programs[0].params["jaxpr"].jaxpr.invars), "the weights are an input"
     baked = [c for e in (programs[0], *equations(programs[0].params["jaxpr"])) for v in e.params.values() for j in inner(v) for c in j.consts]
     assert max((np.size(c) for c in baked), default=0) < 10_000, "and no constant is (a table of betas is small)"
@@ -287,26 +290,25 @@ def test_new_weights_are_used_without_a_new_trace(cls):
     "A second call, another key, other images, other weights: traced once, and the weights are those of the call."
     model = Wave()
     sampler = cls(model, Wave.params, EDM, PREDICTORS["KarrasEDMPredictor"])
-    first = sampler.generate_images(2, 6, image_size=4, channels=1, rng=0)
+    ask = lambda **kw: np.asarray(sampler.generate_images(**{"num_images": 2, "diffusion_steps": 4, "image_size": 2, "channels": 1, "rng": 0, **kw}))
+    first = ask()
     traces = model.traces
     assert traces > 0
-    again = sampler.generate_images(2, 6, image_size=4, channels=1, rng=0)
-    sampler.generate_images(2, 6, image_size=4, channels=1, rng=1, start_step=900, end_step=3)
-    sampler.generate_images(2, 6, image_size=4, channels=1, grid=karras_grid)
-    sampler.generate_images(7, 6, priors=jnp.ones((2, 4, 4, 1)), rng=2)
-    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, ask())
+    ask(rng=1, start_step=900, end_step=3)
+    ask(rng=None, grid=karras_grid)
+    ask(num_images=7, priors=np.ones(SHAPE, np.float32))
     sampler.params = {"w": np.float32(-0.3)}
-    other = sampler.generate_images(2, 6, image_size=4, channels=1, rng=0)
-    assert np.any(np.asarray(other) != np.asarray(first))
+    assert np.any(ask() != first)
     assert model.traces == traces
 
 
-@over(cls=SAMPLER_CLASSES, schedule={"EDM": EDM, "linear": LINEAR, "zero-snr": ZERO_SNR["CosineNoiseSchedule-zero-snr"]})
+@over(("EDMNoiseScheduler", "CosineNoiseSchedule-zero-snr"), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_network_calls(cls, schedule):
     "Counted while the compiled program runs."
     model = Wave(count_calls=True)
     sampler = cls(model, Wave.params, schedule, PREDICTORS["VPredictor"])
-    for N in (1, 2, 9):
+    for N in (1, 5):
         jax.effects_barrier()
         model.calls = 0
         sampler.generate_images(2, N, image_size=2, channels=1, rng=0).block_until_ready()
@@ -316,10 +318,10 @@ def test_network_calls(cls, schedule):
 
 # Keys
 
-@over(cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
+@over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
 def test_an_image_does_not_know_its_neighbours(cls, schedule):
     sampler = wave_sampler(cls, schedule, PREDICTORS["VPredictor"])
-    few, many = (np.asarray(sampler.generate_images(n, 6, image_size=4, channels=3, rng=11)) for n in (3, 8))
+    few, many = (np.asarray(sampler.generate_images(n, 4, image_size=3, channels=3, rng=11)) for n in (3, 8))
     np.testing.assert_allclose(few, many[:3], rtol=0, atol=2e-6)
     assert np.abs(many[3] - many[0]).max() > 0.1
 
@@ -334,7 +336,7 @@ def test_stochastic_noise_does_not_know_its_neighbours():
 def test_keys(cls):
     "A key, or a seed, says all; none says something new each time."
     sampler = wave_sampler(cls, EDM, PREDICTORS["KarrasEDMPredictor"])
-    draw = lambda rng: np.asarray(sampler.generate_images(2, 3, image_size=2, channels=1, rng=rng))
+    draw = lambda rng: np.asarray(sampler.generate_images(2, 4, image_size=2, channels=1, rng=rng))
     np.testing.assert_array_equal(draw(5), draw(5))
     np.testing.assert_array_equal(draw(5), draw(jax.random.PRNGKey(5)))
     assert np.any(draw(5) != draw(6)) and np.any(draw(None) != draw(None))
@@ -379,8 +381,7 @@ def test_levels_run_from_start_step_to_the_smallest(schedule):
         seen = np.stack(model.seen)
         assert seen.shape == (4, 2) and np.all(seen[:, 0] == seen[:, 1])
         first, last = start * T / 1000, max(end * T / 1000, schedule.min_time)
-        np.testing.assert_allclose(seen[:, 0], schedule.network_time(np.linspace(first, last, 4).astype(np.float32)), rtol=2e-6, atol=1e-6)
-        assert seen[0, 0] == schedule.network_time(np.float32(first)) or abs(seen[0, 0] / schedule.network_time(np.float32(first)) - 1) < 2e-7
+        np.testing.assert_allclose(seen[:, 0], schedule.network_time(np.linspace(first, last, 4).astype(np.float32)), rtol=1e-6, atol=5e-7)
         np.testing.assert_array_equal(sampler.make_steps(4, start, end)[[0, -1]], [first, last])
 
 
@@ -422,12 +423,11 @@ def test_images_are_clipped_and_samples_are_not():
 def test_shapes():
     sampler = wave_sampler(EulerSampler, EDM, PREDICTORS["KarrasEDMPredictor"])
     for kwargs, shape in ((dict(image_size=4), (2, 4, 4, 3)), (dict(image_size=4, channels=1), (2, 4, 4, 1)), (dict(image_size=(3, 5), channels=2), (2, 3, 5, 2))):
-        images = sampler.generate_images(2, 2, rng=0, **kwargs)
+        images = sampler.generate_images(2, 1, rng=0, **kwargs)
         assert images.shape == shape and images.dtype == jnp.float32
     shaped = EulerSampler(ExactModel(MIXTURE, EDM, PREDICTORS["VPredictor"], (6, 5, 1)), {}, EDM, PREDICTORS["VPredictor"])
-    assert shaped.generate_images(2, 2, rng=0).shape == (2, 6, 5, 1)
-    assert shaped.generate_images(2, 2, rng=0, image_size=4).shape == (2, 4, 4, 1)
-    assert shaped.generate_images(2, 2, rng=0, channels=2).shape == (2, 6, 5, 2)
+    assert shaped.generate_images(2, 1, rng=0, image_size=4).shape == (2, 4, 4, 1)
+    assert shaped.generate_images(2, 1, rng=0, channels=2).shape == (2, 6, 5, 2)
     assert shaped.generate_images(diffusion_steps=1).shape == (16, 6, 5, 1)
 
 
@@ -495,6 +495,13 @@ def test_the_hook_is_asked_for():
 
 # Grids
 
+@functools.lru_cache(maxsize=None)
+def noise_of(schedule):
+    "t -> (σ, σ/α), compiled once; t is padded to 1,000 with its last."
+    f = jax.jit(lambda t: (schedule.sigma(t), schedule.sigma(t) / schedule.alpha(t)))
+    return lambda t: [np.asarray(v)[:len(t)] for v in f(np.pad(t, (0, 1000 - len(t)), mode="edge"))]
+
+
 def check_grid(grid, schedule, n):
     T, first = schedule.max_timesteps, schedule.max_timesteps
     if ends_pure(schedule) and grid is not uniform_grid:
@@ -503,17 +510,15 @@ def check_grid(grid, schedule, n):
     steps = np.asarray(grid(schedule, first, schedule.min_time, n))
     assert steps.shape == (n,) and steps.dtype == np.float64 and steps[0] == first and (n == 1 or steps[-1] == schedule.min_time)
     assert np.all(np.diff(steps) < 0)
-    with jax.enable_x64(True): sigma = np.asarray(schedule.sigma(steps))
-    assert np.all(np.diff(sigma) < 0)
-    low = steps.astype(np.float32)
-    with np.errstate(divide="ignore"): u = np.asarray(schedule.sigma(low)) / np.asarray(schedule.alpha(low))
+    with jax.enable_x64(True): assert np.all(np.diff(noise_of(schedule)(steps)[0]) < 0)
+    u = noise_of(schedule)(steps.astype(np.float32))[1]
     assert np.all(u[1:] < u[:-1]), f"equal neighbours in float32 at N = {n}"
 
 
-@over(grid=GRIDS, schedule={**SCHEDULES, **ZERO_SNR, **SCALED})
+@over(EACH_KIND, grid=GRIDS, schedule={**SCHEDULES, **ZERO_SNR, **SCALED})
 def test_no_level_is_visited_twice(grid, schedule):
     "σ falls strictly, and in float32 σ/α does."
-    for n in (1, 2, 3, 18, 50, 250, 999, 1000): check_grid(grid, schedule, n)
+    for n in (1, 2, 50, 1000): check_grid(grid, schedule, n)
 
 
 @pytest.mark.slow
@@ -548,7 +553,7 @@ def test_a_grid_can_be_a_function():
 # Any walk
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(where=st.lists(st.integers(0, 1000), min_size=2, max_size=6, unique=True), name=st.sampled_from(sorted(SCHEDULES)),
+@given(where=st.lists(st.integers(0, 1000), min_size=2, max_size=6, unique=True), name=st.sampled_from(["EDMNoiseScheduler", "CosineContinuousNoiseScheduler"]),
        solver=st.sampled_from(["EulerSampler", "HeunSampler", "RK4Sampler"]))
 def test_any_grid_leads_a_single_example_home(where, name, solver):
     "Any decreasing times at all: with one example the end depends on the last time alone."
@@ -557,14 +562,14 @@ def test_any_grid_leads_a_single_example_home(where, name, solver):
         low, T = schedule.min_time, schedule.max_timesteps
         steps = low + (T - low) * np.array(sorted(where, reverse=True)) / 1000
         sampler = exact_sampler(cls, schedule, PREDICTORS["VPredictor"], POINT, (("frame", "sigma"),) if takes(cls, "frame") else ())
-        eps = np.linspace(-2, 2, 12).reshape(3, 2, 2, 1)
+        eps = np.linspace(-2, 2, 8).reshape(SHAPE)
         (a0, s0), (a1, s1) = (rates(schedule, t) for t in (steps[0], steps[-1]))
         end = walk(sampler, a0 * 0.3 + s0 * eps, steps)
         np.testing.assert_allclose(end, a1 * 0.3 + s1 * eps, atol=1e-9 * (1 + s0 / a0))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(n=st.integers(1, 200), start=st.floats(20, 1000), width=st.floats(0.05, 1), name=st.sampled_from(sorted(ALL_SCHEDULES)), grid=st.sampled_from(sorted(GRIDS)))
+@given(n=st.sampled_from([1, 2, 7, 64]), start=st.floats(20, 1000), width=st.floats(0.05, 1), name=st.sampled_from(sorted(ALL_SCHEDULES)), grid=st.sampled_from(sorted(GRIDS)))
 def test_any_request_gives_that_many_falling_times(n, start, width, name, grid):
     schedule = ALL_SCHEDULES[name]
     if schedule.max_timesteps == 10: start = max(start, 200)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../../nbs/04_predictors.ipynb #e5ddad96
+# %% ../../nbs/04_predictors.ipynb #7f23aeaf
 class DiffusionPredictionTransform:
     "The network's output is F = a·x₀ + b·ε, beside x_t = α·x₀ + σ·ε; a subclass says what a and b are."
     def row(self,
@@ -21,11 +21,14 @@ class DiffusionPredictionTransform:
         "(a, b), each of the shape of α."
         raise NotImplementedError(f"{type(self).__name__} must define row(alpha, sigma)")
 
-    def get_input_scale(self, alpha, sigma):
+    def get_input_scale(self,
+                        alpha,  # α, broadcastable to the data
+                        sigma,  # σ, broadcastable to the data
+                       ):
         "The network sees this times x_t; 1 unless a predictor says otherwise."
         return jnp.ones_like(sigma)
 
-# %% ../../nbs/04_predictors.ipynb #282b706d
+# %% ../../nbs/04_predictors.ipynb #15e7e58d
 @patch
 def get_target(self: DiffusionPredictionTransform,
                x0,  # (B, …): clean data
@@ -38,7 +41,10 @@ def get_target(self: DiffusionPredictionTransform,
     return a * x0 + b * eps
 
 @patch
-def determinant(self: DiffusionPredictionTransform, alpha, sigma):
+def determinant(self: DiffusionPredictionTransform,
+                alpha,  # α, any shape
+                sigma,  # σ, the same shape
+               ):
     "α b - σ a; where it is 0 the output says nothing that x_t did not."
     a, b = self.row(alpha, sigma)
     return alpha * b - sigma * a

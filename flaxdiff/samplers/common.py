@@ -45,7 +45,7 @@ class DiffusionSampler:
         self._starts_pure = float(noise_schedule.alpha(noise_schedule.max_timesteps)) == 0
         self._run = jax.jit(self._scan, static_argnames="denoise_final")
 
-# %% ../../nbs/05_sampling.ipynb #f0872a0c
+# %% ../../nbs/05_sampling.ipynb #48fffe3c
 @patch
 def take_next_step(self: DiffusionSampler,
                    current_samples,  # (B, …): x_t
@@ -65,12 +65,7 @@ def init_memory(self: DiffusionSampler,
     "What the solver remembers before its first step; nothing, unless it overrides this."
     return ()
 
-@patch
-def ddim_step(self: DiffusionSampler, x0, eps, s):
-    "x_s = α_s x̂₀ + σ_s ε̂ (Song et al. 2021a, eq. 12 at η = 0): where the straight line in σ/α leads."
-    return per_image(self.noise_schedule.alpha(s), x0) * x0 + per_image(self.noise_schedule.sigma(s), x0) * eps
-
-# %% ../../nbs/05_sampling.ipynb #46878f2e
+# %% ../../nbs/05_sampling.ipynb #4f1f55ea
 @patch
 def _denoise(self: DiffusionSampler, params, conditioning, x, t):
     "(x̂₀, ε̂) at time t: the only place that knows network, parameters and predictor."
@@ -80,6 +75,15 @@ def _denoise(self: DiffusionSampler, params, conditioning, x, t):
     F = self.model.apply(params, (x * scale).astype(x.dtype), temb, *conditioning)
     if F.shape != x.shape: raise ValueError(f"model must return the shape of its input, {x.shape}, got {F.shape}")
     return self.model_output_transform.decode(x, F.astype(x.dtype), alpha, sigma)
+
+@patch
+def ddim_step(self: DiffusionSampler,
+              x0,  # (B, …): x̂₀
+              eps,  # (B, …): ε̂
+              s,  # scalar or (B,): the time to go to
+             ):
+    "x_s = α_s x̂₀ + σ_s ε̂ (Song et al. 2021a, eq. 12 at η = 0): where the straight line in σ/α leads."
+    return per_image(self.noise_schedule.alpha(s), x0) * x0 + per_image(self.noise_schedule.sigma(s), x0) * eps
 
 # %% ../../nbs/05_sampling.ipynb #83ace9eb
 @patch

@@ -32,15 +32,24 @@ def _spaced(schedule, t_start, t_end, n, forward, inverse):
     times[0] = t_start  # the last word where n is 1
     return times
 
-# %% ../../nbs/05b_grids.ipynb #f0c7d7b4
-def karras_grid(schedule, t_start, t_end, n,
-                rho=7,  # larger spends more levels at little noise
-               ):
+# %% ../../nbs/05b_grids.ipynb #84957463
+def karras_grid(
+    schedule,  # a `NoiseScheduler`
+    t_start,  # the first time, α > 0 there
+    t_end,  # the last time, below it
+    n,  # how many
+    rho=7,  # larger spends more levels at little noise
+):
     "n times equally spaced in (σ/α)^(1/ρ) (Karras et al. 2022, eq. 5), on any schedule."
     if not rho > 0: raise ValueError(f"rho must be above 0, got {rho}")
     return _spaced(schedule, t_start, t_end, n, lambda u: u ** (1 / rho), lambda v: v ** rho)
 
-# %% ../../nbs/05b_grids.ipynb #a5f26c75
-def lambda_grid(schedule, t_start, t_end, n):
+# %% ../../nbs/05b_grids.ipynb #184592ed
+def lambda_grid(
+    schedule,  # a `NoiseScheduler`
+    t_start,  # the first time, α > 0 there
+    t_end,  # the last time, below it
+    n,  # how many
+):
     "n times equally spaced in λ = log(α/σ) (Lu et al. 2022, section 3.3), on any schedule."
     return _spaced(schedule, t_start, t_end, n, np.log, np.exp)

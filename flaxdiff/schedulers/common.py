@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..utils import per_image
 
-# %% ../../nbs/01_forward.ipynb #2a253304
+# %% ../../nbs/01_forward.ipynb #ab865885
 class NoiseScheduler:
     "A process x_t = α(t) x₀ + σ(t) ε on 0 ≤ t ≤ T; a subclass defines `alpha`, `sigma` and `get_timesteps`."
     variance_exploding = False  # True where α ≡ 1
@@ -26,15 +26,15 @@ class NoiseScheduler:
             raise ValueError(f"timesteps must be a finite number above 0, got {timesteps!r}")
         self.max_timesteps = timesteps
 
-    def alpha(self, t):
+    def alpha(self, t):  # scalar or (B,): times
         "α(t), what is left of the data; the shape and dtype of t."
         raise NotImplementedError(f"{type(self).__name__} must define alpha(t)")
 
-    def sigma(self, t):
+    def sigma(self, t):  # scalar or (B,): times
         "σ(t), the standard deviation of the noise; the shape and dtype of t."
         raise NotImplementedError(f"{type(self).__name__} must define sigma(t)")
 
-    def get_timesteps(self, sigmas):
+    def get_timesteps(self, sigmas):  # any shape: σ/α
         "The time at which σ(t)/α(t) is `sigmas`: the inverse of the noise-to-signal ratio."
         raise NotImplementedError(f"{type(self).__name__} must define get_timesteps(sigmas)")
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .common import NoiseScheduler
 
-# %% ../../nbs/10_continuous.ipynb #5b9d5992
+# %% ../../nbs/10_continuous.ipynb #1122da39
 class AngleNoiseScheduler(NoiseScheduler):
     "A process with tan θ = σ/(κ α), θ linear in t between two angles; base of both cosine schedules."
     def __init__(self,
@@ -33,12 +33,14 @@ class AngleNoiseScheduler(NoiseScheduler):
         span = self.theta_max - self.theta_min
         return self.theta_min + span * f, self.phi_min + span * (1 - f)
 
-    def get_timesteps(self,
-                      sigmas,  # any shape: σ/α > 0
-                     ):
-        "t = T (atan(σ/(κ α)) - θ_min) / (θ_max - θ_min)."
-        turned = jnp.arctan(jnp.asarray(sigmas) / self.kappa) - self.theta_min
-        return self.max_timesteps * turned / (self.theta_max - self.theta_min)
+# %% ../../nbs/10_continuous.ipynb #40ba6080
+@patch
+def get_timesteps(self: AngleNoiseScheduler,
+                  sigmas,  # any shape: σ/α > 0
+                 ):
+    "t = T (atan(σ/(κ α)) - θ_min) / (θ_max - θ_min)."
+    theta = jnp.arctan(jnp.asarray(sigmas) / self.kappa)
+    return self.max_timesteps * (theta - self.theta_min) / (self.theta_max - self.theta_min)
 
 # %% ../../nbs/10_continuous.ipynb #c1338395
 class CosineContinuousNoiseScheduler(AngleNoiseScheduler):

@@ -1,0 +1,309 @@
+"""Laws of training: one device or many, stopped or not, the same bits; and nothing bad passes silently."""
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flaxdiff import get_dataset
+from flaxdiff.losses import edm_weight
+from flaxdiff.models.simple_unet import SimpleUNet
+from flaxdiff.predictors import KarrasEDMPredictor, VPredictor, X0Predictor
+from flaxdiff.samplers import EulerSampler
+from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseScheduler, LinearNoiseSchedule
+from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged
+
+
+class Small(nn.Module):
+    "Two convolutions that hear the time."
+    dtype: object = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, temb, textcontext=None):
+        h = nn.Conv(6, (3, 3), param_dtype=self.dtype)(x) + nn.Dense(6, param_dtype=self.dtype)(temb[:, None].astype(x.dtype))[:, None, None]
+        if textcontext is not None: h = h + nn.Dense(6)(textcontext.mean(1))[:, None, None]
+        return nn.Conv(x.shape[-1], (3, 3), param_dtype=self.dtype)(nn.swish(h))
+
+
+def make(**kwargs):
+    given = dict(model=Small(), optimizer=optax.adam(1e-3), noise_schedule=EDMNoiseScheduler(), rngs=0, model_output_transform=KarrasEDMPredictor())
+    return DiffusionTrainer(**{**given, **kwargs})
+
+
+def pictures(n=8, size=6, channels=1, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, size, size, channels)).astype(dtype)
+
+
+def fit(trainer, data, steps, **kwargs): return trainer.fit(data, steps, progress=False, **kwargs)
+def stream(batch): return iter(lambda: batch, None)
+def same_bits(a, b): jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+def differs(a, b): return any(np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+# Devices
+
+DEVICES = '''
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np, optax
+jax.config.update("jax_enable_x64", True)
+from test_trainer import make, Small, pictures, fit
+from flaxdiff.losses import edm_weight
+assert len(jax.devices()) == 4
+for extra in ({}, dict(flip=True, loss_weight=edm_weight(0.5)), dict(optimizer=optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)))):
+    ends = []
+    for devices in (jax.devices()[:1], jax.devices()[:2], None):
+        trainer = make(**{**dict(model=Small(jnp.float64), optimizer=optax.sgd(0.02), devices=devices), **extra})
+        batches = iter([pictures(8, seed=i, dtype=np.float64) for i in range(4)])
+        state = fit(trainer, batches, 4)
+        assert len(trainer.devices) == (len(devices) if devices else 4)
+        assert jax.tree.map(jnp.shape, trainer.state.params) == jax.tree.map(jnp.shape, trainer.model.init(jax.random.PRNGKey(0), jnp.ones((1, 6, 6, 1)), jnp.ones(1)))
+        out = trainer.model.apply(trainer.state.ema_params, jnp.ones((2, 6, 6, 1)), jnp.ones(2))  # un-replicated, straight to apply
+        assert out.shape == (2, 6, 6, 1) and int(trainer.state.step) == 4
+        ends.append((state.params, state.ema_params, trainer.losses))
+    start = make(model=Small(jnp.float64), devices=jax.devices()[:1])
+    start.initialize(pictures(8, dtype=np.float64))
+    for end in ends[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), end, ends[0])
+    moved = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(ends[0][0]), jax.tree.leaves(start.state.params)))
+    assert moved > 1e-4, moved
+trainer = make()
+for bad in (6, 7):
+    try: trainer.train_step(pictures(bad))
+    except ValueError as e: assert "devices" in str(e) and str(bad) in str(e)
+    else: raise AssertionError("a batch that does not divide")
+print("ALL THE SAME")
+'''
+
+
+def test_four_devices_are_one():
+    "Gradient, EMA and losses over 2 and 4 devices are those of the whole batch on one, in float64 with SGD, to rounding."
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", DEVICES, os.path.dirname(__file__)], env=env, capture_output=True, text=True, timeout=400)
+    assert "ALL THE SAME" in done.stdout, done.stdout + done.stderr
+
+
+# Chance
+
+def test_a_seed_says_all():
+    ends = [fit(make(rngs=rngs), stream(pictures()), 5) for rngs in (7, jax.random.PRNGKey(7), 8)]
+    same_bits(ends[0], ends[1])
+    assert differs(ends[0].params, ends[2].params)
+
+
+class Spy:
+    "A network that notes what it is shown."
+    def __init__(self): self.x, self.temb = [], []
+    def init(self, key, x, temb): return {"w": jnp.zeros(())}
+    def apply(self, params, x, temb):
+        jax.debug.callback(self._see, x, temb)
+        return params["w"] * x
+    def _see(self, x, temb):
+        self.x.append(np.asarray(x)), self.temb.append(np.asarray(temb))
+
+
+def spied(steps=3, batch=None, **kwargs):
+    spy = Spy()
+    trainer = make(model=spy, optimizer=optax.sgd(0.0), **kwargs)
+    fit(trainer, stream(pictures() if batch is None else batch), steps)
+    jax.effects_barrier()
+    return spy
+
+
+def test_every_example_and_step_has_its_own_time_and_noise():
+    zeros = np.zeros((16, 4, 4, 1), np.float32)
+    spy = spied(4, zeros, noise_schedule=CosineContinuousNoiseScheduler(), model_output_transform=VPredictor())
+    t, x = np.stack(spy.temb), np.stack(spy.x).reshape(4 * 16, 16)
+    assert t.shape == (4, 16) and len(np.unique(t)) == 64
+    noise = x / np.asarray(CosineContinuousNoiseScheduler().sigma(t.ravel()))[:, None]
+    assert np.abs(np.corrcoef(noise) - np.eye(64)).max() < 0.95 and abs(noise.std() - 1) < 0.1
+
+
+def test_an_example_draws_by_its_place_in_the_batch():
+    "Not by how many there are: the first 4 of 8 are shown what 4 alone would be."
+    few, many = spied(2, pictures()[:4]), spied(2, pictures())
+    for a, b in zip(few.x, many.x): np.testing.assert_allclose(a, b[:4], rtol=1e-6)
+    for a, b in zip(few.temb, many.temb): np.testing.assert_array_equal(a, b[:4])
+
+
+def test_times_follow_the_schedules_density_or_the_given_one():
+    black = np.zeros((500, 2, 2, 1), np.float32)
+    edm = np.concatenate(spied(4, black).temb) * 4
+    assert abs(edm.mean() + 1.2) < 5 * 1.2 / np.sqrt(2000) and abs(edm.std() - 1.2) < 5 * 1.2 / np.sqrt(4000)
+    steps = np.concatenate(spied(4, black, noise_schedule=LinearNoiseSchedule(), model_output_transform=None).temb)
+    assert np.all(steps == np.round(steps)) and steps.min() >= 1 and steps.max() <= 1000 and abs(steps.mean() - 500.5) < 5 * 289 / np.sqrt(2000)
+    mine = np.concatenate(spied(2, black, time_density=lambda key, n: jnp.full(n, 0.25)).temb)
+    assert np.all(mine == EDMNoiseScheduler().network_time(jnp.float32(0.25)))
+
+
+def test_the_network_is_shown_the_scaled_noisy_image():
+    "At (almost) no noise: the image itself over its own scale."
+    image = pictures(4)
+    spy = spied(1, image, time_density=lambda key, n: jnp.zeros(n))
+    np.testing.assert_allclose(spy.x[0], image / np.hypot(0.002, 0.5), atol=0.03)
+
+
+def test_flip_mirrors_half_left_to_right():
+    image = np.broadcast_to(np.linspace(-0.9, 0.9, 30).reshape(1, 5, 6, 1), (400, 5, 6, 1)).astype(np.float32)
+    tiny = dict(noise_schedule=EDMNoiseScheduler(sigma_min=1e-4), time_density=lambda key, n: jnp.zeros(n))
+    seen = spied(1, image, flip=True, **tiny).x[0] * np.hypot(1e-4, 0.5)
+    straight, mirrored = (np.abs(seen - other).max((1, 2, 3)) < 0.01 for other in (image, image[:, :, ::-1]))
+    assert np.all(straight ^ mirrored) and 140 < mirrored.sum() < 260
+    assert np.abs(spied(1, image, **tiny).x[0] * np.hypot(1e-4, 0.5) - image).max() < 0.01
+
+
+# The loss
+
+class Zero:
+    "Says 0 for ever: the loss is the mean square of the target."
+    def init(self, key, x, temb): return {"w": jnp.zeros(())}
+    def apply(self, params, x, temb): return 0 * x * params["w"]
+
+
+def test_loss_is_that_of_the_target():
+    image = np.full((4000, 2, 2, 1), 0.5, np.float32)
+    losses = lambda **kw: fit(t := make(model=Zero(), **kw), stream(image), 1) and t.losses[0]
+    assert abs(losses(model_output_transform=KarrasEDMPredictor(0.5)) - 1) < 0.05  # unit variance by design
+    assert abs(losses(model_output_transform=X0Predictor()) - 0.25) < 1e-6
+    low = dict(time_density=lambda key, n: EDMNoiseScheduler().get_timesteps(jnp.full(n, 0.5)))
+    assert abs(losses(model_output_transform=X0Predictor(), loss_weight=edm_weight(0.5), **low) - 0.25 * 8) < 1e-4
+
+
+def test_training_learns():
+    trainer = make(optimizer=optax.adam(1e-2))
+    data, count = get_dataset("digits", batch_size=64)
+    fit(trainer, data, 150)
+    assert count == 1797 and len(trainer.losses) == 150 and np.mean(trainer.losses[-20:]) < 0.75 * np.mean(trainer.losses[:5])
+
+
+# State
+
+def test_what_a_trainer_carries():
+    trainer = make()
+    assert trainer.state is None and trainer.noise_schedule.max_timesteps == 1 and isinstance(trainer.model_output_transform, KarrasEDMPredictor)
+    state = fit(trainer, stream(pictures(8, 6, 3)), 3, epochs=2)
+    assert state is trainer.state or not differs(state, trainer.state)
+    assert int(trainer.state.step) == 6 == len(trainer.losses) and trainer.model.image_shape == (6, 6, 3)
+    for name in ("params", "ema_params", "opt_state", "step"): assert hasattr(trainer.state, name)
+    sampler = EulerSampler(trainer.model, trainer.state.ema_params, trainer.noise_schedule, trainer.model_output_transform)
+    assert sampler.generate_images(2, 2, rng=0).shape == (2, 6, 6, 3)
+    fit(trainer, stream(pictures(8, 6, 3)), 1)
+    assert int(trainer.state.step) == 7, "fit goes on from where it was"
+
+
+def test_train_step_is_fit():
+    a, b = make(), make()
+    fit(a, stream(pictures()), 3)
+    for _ in range(3): loss = b.train_step(pictures())
+    same_bits(a.state, b.state)
+    assert float(loss) == a.losses[-1]
+
+
+def test_ema_is_a_moving_average():
+    "ema ← d ema + (1-d) params with one d in [0, ema_decay], that warms up to ema_decay; at 0 it is the parameters."
+    trainer, decays = make(optimizer=optax.sgd(0.3), ema_decay=0.5), []
+    trainer.initialize(pictures())
+    same_bits(trainer.state.params, trainer.state.ema_params)
+    for i in range(20):
+        old = trainer.state.ema_params
+        trainer.train_step(pictures(seed=i))
+        flat = lambda tree: np.concatenate([np.asarray(v, np.float64).ravel() for v in jax.tree.leaves(tree)])
+        was, now, params = map(flat, (old, trainer.state.ema_params, trainer.state.params))
+        d = np.dot(now - params, was - params) / max(np.dot(was - params, was - params), 1e-30)
+        np.testing.assert_allclose(now, d * was + (1 - d) * params, atol=1e-5)
+        decays.append(d)
+    assert np.all(np.diff(decays) > -1e-2) and decays[0] < 0.2 and abs(decays[-1] - 0.5) < 1e-2
+    same_bits(*(lambda s: (s.params, s.ema_params))(fit(make(ema_decay=0.0), stream(pictures()), 3)))
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_stopped_and_restored_is_never_stopped(tmp_path, every):
+    "Parameters, EMA, optimizer, losses and the place in the data: bit for bit."
+    data = lambda: get_dataset("digits", batch_size=8, seed=3)[0]
+    whole = make(rngs=5)
+    fit(whole, data(), 7)
+    first = make(rngs=5, checkpoint_dir=tmp_path / "a", checkpoint_every=every)
+    fit(first, data(), 4)
+    again, rest = make(rngs=5, checkpoint_dir=tmp_path / "a"), data()
+    again.initialize(next(data()))
+    assert again.restore(rest) == 4 and again.losses == whole.losses[:4] and int(again.state.step) == 4
+    fit(again, rest, 3)
+    same_bits(again.state, whole.state)
+    assert again.losses == whole.losses
+    kept = sorted(int(p.name) for p in (tmp_path / "a").iterdir() if p.name.isdigit())
+    assert kept == ([2, 4, 7] if every else [4, 7])
+
+
+def test_restoring_nothing(tmp_path):
+    trainer = make(checkpoint_dir=tmp_path / "none")
+    with pytest.raises(ValueError, match="initialize"): trainer.restore()
+    trainer.initialize(pictures())
+    assert trainer.restore() is None
+    with pytest.raises(ValueError, match="checkpoint_dir"): make().save()
+    with pytest.raises(ValueError, match="checkpoint_dir"): make().restore()
+
+
+def test_any_name(tmp_path):
+    "A date, colons and slashes are no obstacle, with checkpoints either."
+    for i, name in enumerate(("run_2024-07-12_10:31:02", "a/b:c", "../up", "", "näme\n")):
+        trainer = make(name=name, checkpoint_dir=tmp_path / str(i))
+        fit(trainer, stream(pictures()), 1)
+        assert trainer.name == name
+    trainer.fit(stream(pictures()), 2)  # the bar shows it
+
+
+# What must not pass
+
+def test_bad_batches_are_refused():
+    good = pictures()
+    nan = good.copy()
+    nan[3, 2, 1, 0] = np.nan
+    for bad, words in ((nan, "finite"), (good * 127.5 + 127.5, "255"), ((good * 127.5 + 127.5).astype(np.uint8), "floating"), (good[0], "shape"),
+                       (good / 0.5, r"\[-1, 1\]"), (good[:0], "shape"), (np.where(good > 0.5, np.inf, good), "finite")):
+        with pytest.raises(ValueError, match=words): make().train_step(bad)
+        with pytest.raises(ValueError, match="data"): make().train_step({"image": bad})
+    trainer = make()
+    trainer.train_step(good)
+    with pytest.raises(ValueError, match="image shape"): trainer.train_step(pictures(size=5))
+    with pytest.raises(ValueError, match="'image'"): make().train_step({"picture": good})
+    state = trainer.state
+    for bad in (nan, good * 200):
+        with pytest.raises(ValueError): trainer.train_step(bad)
+    same_bits(state, trainer.state)
+
+
+def test_what_is_not_built_is_named():
+    with pytest.raises(NotImplementedError, match="label"): make().train_step({"image": pictures(), "label": np.zeros(8, np.int32)})
+
+
+def test_text_reaches_the_network():
+    text = np.random.default_rng(0).normal(size=(8, 3, 4)).astype(np.float32)
+    ends = [fit(make(), stream({"image": pictures(), "textcontext": t}), 2).params for t in (text, -text)]
+    assert differs(*ends)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e10, 1e25, 1e38])
+@pytest.mark.parametrize("optimizer", [optax.sgd, optax.adam])
+def test_divergence_is_an_error_and_keeps_the_last_good_parameters(optimizer, rate):
+    trainer = make(optimizer=optimizer(rate), model_output_transform=X0Predictor())
+    if optimizer is optax.adam and rate < 1e25: pytest.skip("Adam survives this")
+    with pytest.raises(TrainingDiverged, match="learning rate") as error: fit(trainer, stream(pictures()), 60, report_every=7)
+    assert isinstance(error.value, FloatingPointError)
+    state = trainer.state
+    for tree in (state.params, state.ema_params, state.opt_state): assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves(tree))
+    assert np.all(np.isfinite(trainer.losses)) and int(state.step) == len(trainer.losses)
+
+
+def test_bad_arguments_are_refused():
+    for kwargs, name in ((dict(noise_schedule=None), "noise_schedule"), (dict(ema_decay=1.0), "ema_decay"), (dict(ema_decay=-0.1), "ema_decay"),
+                         (dict(checkpoint_every=0.5, checkpoint_dir="/tmp/none"), "checkpoint_every"), (dict(model_output_transform="v"), "model_output_transform")):
+        with pytest.raises(ValueError, match=name): make(**kwargs)
+    for args, name in (((0,), "steps_per_epoch"), ((2.5,), "steps_per_epoch"), ((3, 0), "epochs")):
+        with pytest.raises(ValueError, match=name): make().fit(stream(pictures()), *args, progress=False)
+    wrong = DiffusionTrainer(SimpleUNet(output_channels=1, feature_depths=(8,), attention_configs=(), emb_features=8), None, EDMNoiseScheduler())
+    with pytest.raises(ValueError, match="output channels"): wrong.train_step(pictures(channels=3))
