@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FRAMES', 'EulerSampler', 'SigmaFrame', 'RungeKuttaSampler', 'HeunSampler', 'RK4Sampler', 'AngleFrame']
 
-# %% ../../nbs/09_ode.ipynb #d2923d57
+# %% ../../nbs/09_ode.ipynb #b32f4d24
 import jax.numpy as jnp
+from fastcore.basics import patch
 
 from .common import DiffusionSampler
 
@@ -17,7 +18,7 @@ class EulerSampler(DiffusionSampler):
         "y_s = y_t + (u_s - u_t) ε̂, which is x_s = α_s x̂₀ + σ_s ε̂."
         return self.ddim_step(reconstructed_samples, pred_noise, next_step), state
 
-# %% ../../nbs/09_ode.ipynb #4c6ff877
+# %% ../../nbs/09_ode.ipynb #d34724ba
 class SigmaFrame:
     "y = x/α against z = σ/α: dy/dz = ε̂ (Song et al. 2021a, eq. 14; EDM's own frame where α ≡ 1)."
     def __init__(self,
@@ -25,13 +26,40 @@ class SigmaFrame:
                 ):
         self.noise_schedule = noise_schedule
 
-    def scale(self, t): return self.noise_schedule.alpha(t)
-    def position(self, t): return self.noise_schedule.sigma(t) / self.noise_schedule.alpha(t)
-    def slope(self, x0, eps, t): return eps
-    def time(self, z): return self.noise_schedule.get_timesteps(z)
+# %% ../../nbs/09_ode.ipynb #e6b7d67a
+@patch
+def scale(self: SigmaFrame,
+          t,  # scalar: a time
+         ):
+    "α(t): y times this is x."
+    return self.noise_schedule.alpha(t)
 
-# %% ../../nbs/09_ode.ipynb #1eb85627
-FRAMES = {"sigma": SigmaFrame}
+@patch
+def position(self: SigmaFrame,
+             t,  # scalar: a time
+            ):
+    "z = σ(t)/α(t)."
+    return self.noise_schedule.sigma(t) / self.noise_schedule.alpha(t)
+
+# %% ../../nbs/09_ode.ipynb #6f2d0e28
+@patch
+def slope(self: SigmaFrame,
+          x0,  # (B, …): x̂₀
+          eps,  # (B, …): ε̂
+          t,  # scalar: the time of both
+         ):
+    "dy/dz = ε̂."
+    return eps
+
+@patch
+def time(self: SigmaFrame,
+         z,  # scalar: a position
+        ):
+    "The time t of position z."
+    return self.noise_schedule.get_timesteps(z)
+
+# %% ../../nbs/09_ode.ipynb #09d607e1
+FRAMES = {"sigma": SigmaFrame}  # by name; more are added where they are derived
 
 class RungeKuttaSampler(DiffusionSampler):
     "A solver that looks ahead; it steps in a frame: σ/α where α ≡ 1, the angle elsewhere."
@@ -43,7 +71,11 @@ class RungeKuttaSampler(DiffusionSampler):
         if isinstance(frame, str) and frame not in FRAMES: raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {frame!r}")
         self.frame = FRAMES.get(frame, frame)(self.noise_schedule)
 
-    def slope(self, state, y, t):
+    def slope(self,
+              state,  # a `SamplerState`
+              y,  # (B, …): the samples in the frame
+              t,  # scalar: their time
+             ):
         "dy/dz at time t: one network call."
         return self.frame.slope(*state.denoise(self.frame.scale(t) * y, t), t)
 
@@ -72,16 +104,37 @@ class RK4Sampler(RungeKuttaSampler):
         k4 = self.slope(state, y + h * k3, s)
         return f.scale(s) * (y + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6), state
 
-# %% ../../nbs/09_ode.ipynb #1f20274d
+# %% ../../nbs/09_ode.ipynb #36917ed5
 class AngleFrame(SigmaFrame):
     "y = x/√(α²+σ²) against θ = atan2(σ, α): dy/dθ = v̂, bounded at both ends (Salimans & Ho 2022, appendix D)."
-    def _polar(self, t):
-        alpha, sigma = self.noise_schedule.alpha(t), self.noise_schedule.sigma(t)
-        return jnp.hypot(alpha, sigma), jnp.arctan2(sigma, alpha)
+    def scale(self,
+              t,  # scalar: a time
+             ):
+        "√(α²+σ²): y times this is x."
+        return jnp.hypot(self.noise_schedule.alpha(t), self.noise_schedule.sigma(t))
 
-    def scale(self, t): return self._polar(t)[0]
-    def position(self, t): return self._polar(t)[1]
-    def slope(self, x0, eps, t): return jnp.cos(self.position(t)) * eps - jnp.sin(self.position(t)) * x0
-    def time(self, z): return self.noise_schedule.get_timesteps(jnp.tan(z))
+    def position(self,
+                 t,  # scalar: a time
+                ):
+        "θ = atan2(σ, α), radians."
+        return jnp.arctan2(self.noise_schedule.sigma(t), self.noise_schedule.alpha(t))
+
+# %% ../../nbs/09_ode.ipynb #5a5ce37f
+@patch
+def slope(self: AngleFrame,
+          x0,  # (B, …): x̂₀
+          eps,  # (B, …): ε̂
+          t,  # scalar: the time of both
+         ):
+    "dy/dθ = v̂ = cos θ ε̂ - sin θ x̂₀."
+    theta = self.position(t)
+    return jnp.cos(theta) * eps - jnp.sin(theta) * x0
+
+@patch
+def time(self: AngleFrame,
+         z,  # scalar: an angle, radians
+        ):
+    "The time t at which σ/α = tan θ."
+    return self.noise_schedule.get_timesteps(jnp.tan(z))
 
 FRAMES["angle"] = AngleFrame
