@@ -178,7 +178,7 @@ def sampler_of(
     if name not in SAMPLERS: raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     return SAMPLERS[name](trainer.model, trainer.state.ema_params, trainer.noise_schedule, trainer.model_output_transform)
 
-# %% ../nbs/27_train.ipynb #4d5a0cfb
+# %% ../nbs/27_train.ipynb #a635bdb9
 def _integers(text):
     "32,64 as (32, 64)."
     try: return tuple(int(v) for v in text.split(","))
@@ -192,7 +192,7 @@ def train_parser():
     parser.add_argument("--resume", action="store_true", help="go on from RUN's last checkpoint, if it has one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for f in dataclasses.fields(TrainConfig):
-        text, choices = docments(TrainConfig)[f.name], {"schedule": sorted(SCHEDULES), "predictor": sorted(PREDICTORS)}.get(f.name)
+        text, choices = docments(TrainConfig)[f.name] or "", {"schedule": sorted(SCHEDULES), "predictor": sorted(PREDICTORS)}.get(f.name)
         flag, default = "--" + f.name.replace("_", "-"), ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if f.type is bool: parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else: parser.add_argument(flag, type=_integers if f.type is tuple else f.type, choices=choices,
