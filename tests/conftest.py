@@ -1,9 +1,13 @@
 """`pytest tests` runs what is fast; `pytest --slow tests` the rest too, and `-m slow` that rest alone."""
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Many tests compile the same programs: the second finds them here, in this process or another.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def pytest_addoption(parser):
