@@ -13,7 +13,6 @@ import pytest
 
 from flaxdiff import get_dataset
 from flaxdiff.losses import edm_weight
-from flaxdiff.models.simple_unet import SimpleUNet
 from flaxdiff.predictors import KarrasEDMPredictor, VPredictor, X0Predictor
 from flaxdiff.samplers import EulerSampler
 from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseScheduler, LinearNoiseSchedule
@@ -94,20 +93,24 @@ def test_four_devices_are_one(which):
 # Chance
 
 def test_a_seed_says_all():
-    ends = [fit(make(rngs=rngs), stream(pictures()), 5) for rngs in (7, jax.random.PRNGKey(7), 8)]
-    same_bits(ends[0], ends[1])
-    assert differs(ends[0].params, ends[2].params)
+    "As a number or as a key; and `train_step` by hand is `fit`."
+    a, b, c = (make(rngs=rngs) for rngs in (7, jax.random.PRNGKey(7), 8))
+    fit(a, stream(pictures()), 3), fit(c, stream(pictures()), 3)
+    for _ in range(3): loss = b.train_step(pictures())
+    same_bits(a.state, b.state)
+    assert float(loss) == a.losses[-1]
+    assert differs(a.state.params, c.state.params)
 
 
 class Spy:
     "A network that notes what it is shown."
-    def __init__(self): self.x, self.temb = [], []
-    def init(self, key, x, temb): return {"w": jnp.zeros(())}
-    def apply(self, params, x, temb):
-        jax.debug.callback(self._see, x, temb)
+    def __init__(self): self.x, self.temb, self.text = [], [], []
+    def init(self, key, x, temb, *text): return {"w": jnp.zeros(())}
+    def apply(self, params, x, temb, *text):
+        jax.debug.callback(self._see, x, temb, *text)
         return params["w"] * x
-    def _see(self, x, temb):
-        self.x.append(np.asarray(x)), self.temb.append(np.asarray(temb))
+    def _see(self, x, temb, *text):
+        self.x.append(np.asarray(x)), self.temb.append(np.asarray(temb)), self.text.extend(map(np.asarray, text))
 
 
 def spied(steps=3, batch=None, **kwargs):
@@ -141,7 +144,7 @@ def test_times_follow_the_schedules_density_or_the_given_one():
     steps = np.concatenate(spied(4, black, noise_schedule=LinearNoiseSchedule(), model_output_transform=None).temb)
     assert np.all(steps == np.round(steps)) and steps.min() >= 1 and steps.max() <= 1000 and abs(steps.mean() - 500.5) < 5 * 289 / np.sqrt(2000)
     mine = np.concatenate(spied(2, black, time_density=lambda key, n: jnp.full(n, 0.25)).temb)
-    assert np.all(mine == EDMNoiseScheduler().network_time(jnp.float32(0.25)))
+    np.testing.assert_allclose(mine, EDMNoiseScheduler().network_time(jnp.float32(0.25)), rtol=1e-6)
 
 
 def test_the_network_is_shown_the_scaled_noisy_image():
@@ -199,14 +202,6 @@ def test_what_a_trainer_carries():
     assert int(trainer.state.step) == 7, "fit goes on from where it was"
 
 
-def test_train_step_is_fit():
-    a, b = make(), make()
-    fit(a, stream(pictures()), 3)
-    for _ in range(3): loss = b.train_step(pictures())
-    same_bits(a.state, b.state)
-    assert float(loss) == a.losses[-1]
-
-
 def test_ema_is_a_moving_average():
     "ema ← d ema + (1-d) params with one d in [0, ema_decay], that warms up to ema_decay; at 0 it is the parameters."
     trainer, decays = make(optimizer=optax.sgd(0.3), ema_decay=0.5), []
@@ -224,7 +219,7 @@ def test_ema_is_a_moving_average():
     same_bits(*(lambda s: (s.params, s.ema_params))(fit(make(ema_decay=0.0), stream(pictures()), 3)))
 
 
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("every", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_stopped_and_restored_is_never_stopped(tmp_path, every):
     "Parameters, EMA, optimizer, losses and the place in the data: bit for bit."
     data = lambda: get_dataset("digits", batch_size=8, seed=3)[0]
@@ -252,12 +247,11 @@ def test_restoring_nothing(tmp_path):
 
 
 def test_any_name(tmp_path):
-    "A date, colons and slashes are no obstacle, with checkpoints either."
-    for i, name in enumerate(("run_2024-07-12_10:31:02", "a/b:c", "../up", "", "näme\n")):
-        trainer = make(name=name, checkpoint_dir=tmp_path / str(i))
-        fit(trainer, stream(pictures()), 1)
-        assert trainer.name == name
-    trainer.fit(stream(pictures()), 2)  # the bar shows it
+    "A date, colons and slashes are no obstacle, with checkpoints and a bar either."
+    for name in ("run_2024-07-12_10:31:02", "a/b:c", "../up", "", "näme\n"): assert make(name=name).name == name
+    trainer = make(name="../a/b_2024-07-12_10:31:02", checkpoint_dir=tmp_path / "run")
+    trainer.fit(stream(pictures()), 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and (tmp_path / "run" / "2").is_dir()
 
 
 # What must not pass
@@ -286,15 +280,13 @@ def test_what_is_not_built_is_named():
 
 def test_text_reaches_the_network():
     text = np.random.default_rng(0).normal(size=(8, 3, 4)).astype(np.float32)
-    ends = [fit(make(), stream({"image": pictures(), "textcontext": t}), 2).params for t in (text, -text)]
-    assert differs(*ends)
+    np.testing.assert_array_equal(spied(1, {"image": pictures(), "textcontext": text}).text[0], text)
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e10, 1e25, 1e38])
-@pytest.mark.parametrize("optimizer", [optax.sgd, optax.adam])
+@pytest.mark.parametrize("optimizer, rate", [(optax.sgd, 1e10), (optax.sgd, 1e38), *(pytest.param(*p, marks=pytest.mark.slow) for p in (
+    (optax.sgd, 1e3), (optax.sgd, 1e20), (optax.sgd, 1e30), (optax.adam, 1e25), (optax.adam, 1e38)))])
 def test_divergence_is_an_error_and_keeps_the_last_good_parameters(optimizer, rate):
     trainer = make(optimizer=optimizer(rate), model_output_transform=X0Predictor())
-    if optimizer is optax.adam and rate < 1e25: pytest.skip("Adam survives this")
     with pytest.raises(TrainingDiverged, match="learning rate") as error: fit(trainer, stream(pictures()), 60, report_every=7)
     assert isinstance(error.value, FloatingPointError)
     state = trainer.state
@@ -308,5 +300,6 @@ def test_bad_arguments_are_refused():
         with pytest.raises(ValueError, match=name): make(**kwargs)
     for args, name in (((0,), "steps_per_epoch"), ((2.5,), "steps_per_epoch"), ((3, 0), "epochs")):
         with pytest.raises(ValueError, match=name): make().fit(stream(pictures()), *args, progress=False)
-    wrong = DiffusionTrainer(SimpleUNet(output_channels=1, feature_depths=(8,), attention_configs=(), emb_features=8), None, EDMNoiseScheduler())
-    with pytest.raises(ValueError, match="output channels"): wrong.train_step(pictures(channels=3))
+    class Grey(Zero):
+        def apply(self, params, x, temb): return x[..., :1]
+    with pytest.raises(ValueError, match="output channels"): make(model=Grey()).train_step(pictures(channels=3))
