@@ -50,7 +50,7 @@ class DiffusionTrainer:
         self.checkpoint_dir, self.checkpoint_every = checkpoint_dir, checkpoint_every
         self._prepare()
 
-# %% ../nbs/23_trainer.ipynb #c4a791f9
+# %% ../nbs/23_trainer.ipynb #ce287c5d
 class TrainedModel:
     "A network and the image shape it was trained on: what samplers are given."
     def __init__(self,
@@ -59,9 +59,16 @@ class TrainedModel:
                 ):
         self.module, self.image_shape = module, image_shape
 
-    def init(self, *args, **kwargs): return self.module.init(*args, **kwargs)
-    def apply(self, *args, **kwargs): return self.module.apply(*args, **kwargs)
-    def __repr__(self): return f"TrainedModel({self.module!r}, image_shape={self.image_shape})"
+    def init(self, *args, **kwargs):
+        "Fresh parameters, by the module's own `init`."
+        return self.module.init(*args, **kwargs)
+
+    def apply(self, *args, **kwargs):
+        "The network's output, by the module's own `apply`."
+        return self.module.apply(*args, **kwargs)
+
+    def __repr__(self):
+        return f"TrainedModel({self.module!r}, image_shape={self.image_shape})"
 
 # %% ../nbs/23_trainer.ipynb #77035796
 @patch
@@ -114,7 +121,7 @@ def ema_update(
     b = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: (b * old + (1 - b) * new).astype(old.dtype), ema_params, params)
 
-# %% ../nbs/23_trainer.ipynb #b4e528aa
+# %% ../nbs/23_trainer.ipynb #71750ee6
 class TrainState(flax.struct.PyTreeNode):
     "All that training changes."
     step: jax.Array  # (): updates made
@@ -127,6 +134,7 @@ def _all_finite(tree):
     "Whether every number is finite, and its square too: Adam will square it."
     return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(tree)]))
 
+# %% ../nbs/23_trainer.ipynb #6031b5ca
 @patch
 def _update(self: DiffusionTrainer, state, key, index, x0, conditioning, axis=None):
     "One step on one device's share of the batch; `axis` names the devices to average over. Pure."

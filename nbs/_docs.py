@@ -125,6 +125,7 @@ def readme_cells(
         directives = dict(DIRECTIVE.findall(cell.source)) if cell.cell_type == "code" else {}
         if directives.keys() & {"hide", "default_exp", "export", "exporti"} or directives.get("include:") == "false": continue
         if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](images/", "](nbs/images/")
             cell.source = LINK.sub(lambda m: f"]({site_url()}{page_name(m[1])}{m[2] or ''})", cell.source)
         else:
             cell.source = DIRECTIVE.sub("", cell.source).strip()

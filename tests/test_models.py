@@ -101,10 +101,10 @@ def test_attention_block_keeps_images_apart():
 def test_attention_block_is_attention():
     "Normalise, look with each head, add: against NumPy."
     x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
-    apply, params = moved(AttentionBlock(2, 4), x)
+    apply, params = moved(AttentionBlock(2, 2), x)
     p = params["params"]
     h = x.reshape(6, 8)
-    groups = h.reshape(6, 4, 2)
+    groups = h.reshape(6, 2, 4)
     n = ((groups - groups.mean((0, 2), keepdims=True)) / np.sqrt(groups.var((0, 2), keepdims=True) + 1e-5)).reshape(6, 8)
     n = n * p["norm_self"]["scale"] + p["norm_self"]["bias"]
     q, k, v = ((n @ p[f"self_{w}"]["kernel"]).reshape(6, 2, 4) for w in ("query", "key", "value"))

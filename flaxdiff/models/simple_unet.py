@@ -87,24 +87,30 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.features: x = nn.Dense(self.features, dtype=self.dtype)(x)
         return x + h
 
-# %% ../../nbs/20_unet.ipynb #446b687e
+# %% ../../nbs/20_unet.ipynb #0e3decc4
 class Downsample(nn.Module):
     "Half the resolution: a 3×3 convolution of stride 2; odd sizes round up."
     features: int  # channels out
     dtype: Any = None  # of the computation
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self,
+                 x,  # (B, H, W, C)
+                ):
         "(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, features)."
         return nn.Conv(self.features, (3, 3), strides=(2, 2), dtype=self.dtype)(x)
 
+# %% ../../nbs/20_unet.ipynb #d9538c7d
 class Upsample(nn.Module):
     "Twice the resolution: each pixel four times, then a 3×3 convolution; cut to `shape` for odd sizes."
     features: int  # channels out
     dtype: Any = None  # of the computation
 
     @nn.compact
-    def __call__(self, x, shape=None):
+    def __call__(self,
+                 x,  # (B, H, W, C)
+                 shape=None,  # (H, W) of the result, where twice would be too much
+                ):
         "(B, H, W, C) to (B, 2H, 2W, features), or to the (H, W) given."
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         if shape is not None: x = x[:, :shape[0], :shape[1]]
@@ -167,8 +173,10 @@ class AttentionBlock(nn.Module):
             h = h + _look(norm(h, "norm_cross"), textcontext, self.heads, self.dtype, "cross")
         return h.reshape(x.shape)
 
-# %% ../../nbs/20_unet.ipynb #16bedeb4
-def freeze(value):
+# %% ../../nbs/20_unet.ipynb #b3f90e31
+def freeze(
+    value,  # anything
+):
     "Lists as tuples and dicts as FrozenDicts, all the way down: something that hashes."
     if isinstance(value, Mapping): return FrozenDict({k: freeze(v) for k, v in value.items()})
     return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
