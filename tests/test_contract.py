@@ -159,9 +159,9 @@ def program(request):
     from flaxdiff.trainer import DiffusionTrainer
 
     BATCH_SIZE, IMAGE_SIZE = 16, 16
-    depths, blocks = ([8, 16], 1) if request.param == "small" else ([8, 8, 16, 16], 2)
+    depths, blocks, looks = ([8, 16], 1, [None, None, {"heads": 4}]) if request.param == "small" else ([8, 8, 16, 16], 2, [{"heads": 4}] * 5)
     edm_schedule = EDMNoiseScheduler(1, sigma_max=80, rho=7, sigma_data=0.5)
-    unet = UNet(emb_features=32, feature_depths=depths, attention_configs=[{"heads": 4}] * (len(depths) + 1), num_res_blocks=blocks, num_middle_res_blocks=1)
+    unet = UNet(emb_features=32, feature_depths=depths, attention_configs=looks, num_res_blocks=blocks, num_middle_res_blocks=1)
     data, datalen = get_dataset("digits", batch_size=BATCH_SIZE, image_scale=IMAGE_SIZE, channels=3)
     batches = datalen // BATCH_SIZE
     solver = optax.adam(2e-4)

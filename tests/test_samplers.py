@@ -50,7 +50,18 @@ def test_every_sampler_has_its_numbers():
 
 def last_error(sampler, x, steps, truth):
     end = sampler.sample(x, steps, rng=0, denoise_final=False) if has_memory(sampler) else walk(sampler, x, steps, stride=STRIDE)
-    return float(jnp.sqrt(jnp.mean((end - truth) ** 2)))
+    return np.sqrt(np.mean((np.asarray(end) - truth) ** 2))
+
+
+@functools.lru_cache(maxsize=None)
+def convergence_case(schedule):
+    "(x at the first time, where the exact ODE carries it by the last)."
+    start, end = (rates(schedule, t) for t in between(schedule, 1))
+    x = np.hypot(*start) * np.linspace(-2.2, 2.2, 8).reshape(SHAPE)
+    return x, np.asarray(exact_path(x, start, end))
+
+
+exact_path = jax.jit(MIXTURE.ode_solution)
 
 
 @over(ONE_ZERO, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
@@ -58,9 +69,7 @@ def test_order_of_convergence(cls, schedule, x64):
     "On a mixture, against its exact ODE solution, in float64."
     assert not is_stochastic(cls, quiet(cls))
     sampler = exact_sampler(cls, schedule, PREDICTORS["VPredictor"], options=quiet(cls))
-    start, end = (rates(schedule, t) for t in between(schedule, 1))
-    x = np.hypot(*start) * np.linspace(-2.2, 2.2, 8).reshape(SHAPE)
-    truth = MIXTURE.ode_solution(x, start, end)
+    x, truth = convergence_case(schedule)
     sizes = (64, 128, 256)
     errors = [last_error(sampler, x, between(schedule, n), truth) for n in sizes]
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
@@ -79,7 +88,7 @@ def test_predictors_agree(cls, schedule, x64):
     assert len(known) >= 3 and np.abs(ends[0]).max() < 3
 
 
-@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+@over(("EDMNoiseScheduler", "CosineContinuousNoiseScheduler"), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_one_point_takes_one_step(cls, schedule, x64):
     "ε̂ does not change along the path of a single example: in the σ/α frame any step is exact, and the last x̂₀ always is."
     options = quiet(cls) + ((("frame", "sigma"),) if takes(cls, "frame") else ())
@@ -138,7 +147,7 @@ def in_turn(cls, schedule):
     return known[(list(SAMPLER_CLASSES).index(cls.__name__) + list(map(id, WITH_ZERO_SNR.values())).index(id(schedule))) % len(known)]
 
 
-@over(ONE_ZERO, schedule=WITH_ZERO_SNR)
+@over(EACH_KIND, schedule=WITH_ZERO_SNR)
 def test_ddim_is_euler_and_ancestral(schedule):
     "Bit for bit: Euler = DDIM(0) and DDIM(η) = Euler ancestral(η)."
     predictor = in_turn(EulerSampler, schedule)
@@ -222,7 +231,7 @@ def test_finite(cls, schedule):
     all_finite(cls, schedule, in_turn(cls, schedule), WAVE, (1, 2, 3, 7, 18, 50))
 
 
-@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+@over(("EDMNoiseScheduler", "LinearNoiseSchedule"), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_finite_with_a_bfloat16_network(cls, schedule):
     all_finite(cls, schedule, in_turn(cls, schedule), BFLOAT16, (1, 2, 18))
 
@@ -422,11 +431,10 @@ def test_images_are_clipped_and_samples_are_not():
 
 def test_shapes():
     sampler = wave_sampler(EulerSampler, EDM, PREDICTORS["KarrasEDMPredictor"])
-    for kwargs, shape in ((dict(image_size=4), (2, 4, 4, 3)), (dict(image_size=4, channels=1), (2, 4, 4, 1)), (dict(image_size=(3, 5), channels=2), (2, 3, 5, 2))):
+    for kwargs, shape in ((dict(image_size=4), (2, 4, 4, 3)), (dict(image_size=(3, 5), channels=2), (2, 3, 5, 2))):
         images = sampler.generate_images(2, 1, rng=0, **kwargs)
         assert images.shape == shape and images.dtype == jnp.float32
     shaped = EulerSampler(ExactModel(MIXTURE, EDM, PREDICTORS["VPredictor"], (6, 5, 1)), {}, EDM, PREDICTORS["VPredictor"])
-    assert shaped.generate_images(2, 1, rng=0, image_size=4).shape == (2, 4, 4, 1)
     assert shaped.generate_images(2, 1, rng=0, channels=2).shape == (2, 6, 5, 2)
     assert shaped.generate_images(diffusion_steps=1).shape == (16, 6, 5, 1)
 

@@ -4,6 +4,7 @@ Slow. It needs chromium, node and npm; `FLAXDIFF_SHOTS=folder` keeps a picture o
 """
 import functools, json, os, re, shutil, subprocess, sys, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def report(tmp_path_factory, pytestconfig):
     done = subprocess.run([sys.executable, root / "nbs" / "_docs.py", "build"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     site = root / "_docs"
-    text = (site / "index.html").read_text(encoding="utf-8")
+    text = (site / PAGE("01_forward")).read_text(encoding="utf-8")
     (site / "broken.html").write_text(re.sub(r'id="quarto-sidebar"|sidebar-navigation', "", text).replace("</main>", BROKEN + "</main>"), encoding="utf-8")
     asked = re.search(r"katex@([\d.]+)", "".join(f.read_text(encoding="utf-8") for f in site.glob("*.html")))
     modules = packages(Path(pytestconfig.cache.mkdir("site")), asked[1] if asked else "latest")
@@ -84,7 +85,7 @@ def faults_of_any_page(page, base, pages):
     if missing := {PAGE(p.stem) for p in NOTEBOOKS} - listed: yield f"the sidebar lacks {', '.join(sorted(missing))}"
     for link in sorted(set(page["links"])):
         if not link.startswith(base): continue
-        name, _, anchor = link[len(base):].partition("#")
+        name, _, anchor = unquote(link[len(base):]).partition("#")
         name = name.split("?")[0] or "index.html"
         if name not in pages: yield f"a link to {name}, which is no page"
         elif anchor and anchor not in pages[name]["ids"]: yield f"a link to {name}#{anchor}, which is not on that page"
