@@ -70,7 +70,7 @@ class TrainedModel:
     def __repr__(self):
         return f"TrainedModel({self.module!r}, image_shape={self.image_shape})"
 
-# %% ../nbs/23_trainer.ipynb #77035796
+# %% ../nbs/23_trainer.ipynb #d0d76cce
 @patch
 def _prepare(self: DiffusionTrainer):
     "Check the settings, and start with nothing learned."
@@ -78,6 +78,8 @@ def _prepare(self: DiffusionTrainer):
     if schedule is None: raise ValueError("noise_schedule must be given, for instance EDMNoiseScheduler()")
     if not 0 <= decay < 1: raise ValueError(f"ema_decay must lie in [0, 1), got {decay}")
     if jax.process_count() > 1: raise NotImplementedError("training by several processes at once is not built yet")
+    if "threefry" not in str(jax.random.key_impl(self.key)):
+        raise ValueError(f"rngs must be a threefry key or a seed, got a key of {jax.random.key_impl(self.key)}: its draws depend on the batch's size")
     check_predictor(self.model_output_transform, schedule)
     if self.checkpoint_every is not None: check_positive_int("checkpoint_every", self.checkpoint_every)
     self.time_density = self.time_density or schedule.sample_timesteps
@@ -287,7 +289,21 @@ def _check_checkpoints(self: DiffusionTrainer):
         raise ValueError(f"checkpoint_dir={self.checkpoint_dir} already holds checkpoints, up to step {latest}; "
                          "go on from them by initialize(batch) and restore(), or name another folder")
 
-# %% ../nbs/23_trainer.ipynb #80ce1f2a
+# %% ../nbs/23_trainer.ipynb #ea631225
+def _shapes(tree):
+    "The shape of every array, by its path."
+    return {jax.tree_util.keystr(path): list(np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+@patch
+def _check_shapes(self: DiffusionTrainer, saved):
+    "A `ValueError` where a checkpoint is of another network or optimizer."
+    mine = _shapes(self.state)
+    for path in sorted(mine.keys() | saved.keys()):
+        if (there := saved.get(path)) != (here := mine.get(path)):
+            raise ValueError(f"checkpoint_dir={self.checkpoint_dir} holds another network or optimizer: "
+                             f"state{path} has the shape {there} there, {here} here")
+
+# %% ../nbs/23_trainer.ipynb #9eb90f60
 @patch
 def save(self: DiffusionTrainer,
          data=None,  # the stream being trained on; its position is kept if it has `get_state`
@@ -298,12 +314,12 @@ def save(self: DiffusionTrainer,
     self._check_checkpoints()
     state = self.state
     if (step := int(state.step)) == self._known_checkpoint: return
-    extra = {"losses": self.losses, "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+    extra = {"losses": self.losses, "key": np.asarray(jax.random.key_data(self.key)).tolist(), "shapes": _shapes(state),
              "data": data.get_state() if hasattr(data, "get_state") else None}
     self.checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)), force=True)
     self._known_checkpoint = step
 
-# %% ../nbs/23_trainer.ipynb #50b663ef
+# %% ../nbs/23_trainer.ipynb #d21a8404
 @patch
 def restore(self: DiffusionTrainer,
             data=None,  # the stream to move to its saved place
@@ -313,10 +329,11 @@ def restore(self: DiffusionTrainer,
     if self._state is None: raise ValueError("the trainer must be initialized with a batch before it is restored: call initialize(batch)")
     step = self.checkpoints.latest_step()
     if step is None: return None
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(self.state), extra=ocp.args.JsonRestore())
-    saved = self.checkpoints.restore(step, args=args)
+    extra = self.checkpoints.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+    self._check_shapes(extra["shapes"])
+    saved = self.checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(self.state)))
     self._set_state(saved["state"])
-    extra, self._known_checkpoint = saved["extra"], step
+    self._known_checkpoint = step
     self.losses, self.key = list(extra["losses"]), _as_saved(extra["key"], self.key)
     if data is not None and extra["data"] is not None: data.set_state(extra["data"])
     return step
