@@ -20,14 +20,17 @@ from ..predictors.common import EpsilonPredictor, check_predictor
 from .grids import uniform_grid
 from ..utils import RandomMarkovState, as_key, check_positive_int, clip_images, per_image
 
-# %% ../../nbs/05_sampling.ipynb #3c3e9a59
+# %% ../../nbs/05_sampling.ipynb #d0aa51ac
 class SamplerState(RandomMarkovState):
     "What a solver carries from step to step: the random key, and its memory of earlier steps."
     memory: Any = ()  # arrays of fixed shape, made by `init_memory`
+    plan: Any = ()  # this step's row of what `plan` worked out from all the times
+    extra: Any = None  # (B, …): a second half of the network's channels, for networks that have one
     denoise: Callable = flax.struct.field(pytree_node=False, default=None)  # (x, t) -> (x̂₀, ε̂): one network call
 
+# %% ../../nbs/05_sampling.ipynb #5671fc51
 class DiffusionSampler:
-    "From noise to data in one compiled scan; a solver is a subclass with `take_next_step` (and `init_memory`)."
+    "From noise to data in one compiled scan; a solver is a subclass with `take_next_step` (and `init_memory`, `plan`)."
     def __init__(self,
                  model,  # anything with .apply(params, x, temb, *conditioning)
                  params,  # the model's parameters
@@ -45,7 +48,7 @@ class DiffusionSampler:
         self._starts_pure = float(noise_schedule.alpha(noise_schedule.max_timesteps)) == 0
         self._run = jax.jit(self._scan, static_argnames="denoise_final")
 
-# %% ../../nbs/05_sampling.ipynb #48fffe3c
+# %% ../../nbs/05_sampling.ipynb #33de3b2b
 @patch
 def take_next_step(self: DiffusionSampler,
                    current_samples,  # (B, …): x_t
@@ -65,16 +68,24 @@ def init_memory(self: DiffusionSampler,
     "What the solver remembers before its first step; nothing, unless it overrides this."
     return ()
 
-# %% ../../nbs/05_sampling.ipynb #4f1f55ea
 @patch
-def _denoise(self: DiffusionSampler, params, conditioning, x, t):
-    "(x̂₀, ε̂) at time t: the only place that knows network, parameters and predictor."
+def plan(self: DiffusionSampler,
+         times,  # (N,): all the times, falling
+        ):
+    "Arrays (N-1, …), a row for each step, that depend on the times alone; nothing, unless it overrides this."
+    return ()
+
+# %% ../../nbs/05_sampling.ipynb #a4b4b407
+@patch
+def _ask(self: DiffusionSampler, params, conditioning, x, t):
+    "(x̂₀, ε̂, extra) at time t: the only place that knows network, parameters and predictor."
     alpha, sigma = per_image(self.noise_schedule.alpha(t), x), per_image(self.noise_schedule.sigma(t), x)
     scale = self.model_output_transform.get_input_scale(alpha, sigma)
     temb = jnp.broadcast_to(self.noise_schedule.network_time(t), x.shape[:1])
     F = self.model.apply(params, (x * scale).astype(x.dtype), temb, *conditioning)
+    F, extra = (F[..., :x.shape[-1]], F[..., x.shape[-1]:]) if F.shape[-1] == 2 * x.shape[-1] else (F, None)
     if F.shape != x.shape: raise ValueError(f"model must return the shape of its input, {x.shape}, got {F.shape}")
-    return self.model_output_transform.decode(x, F.astype(x.dtype), alpha, sigma)
+    return *self.model_output_transform.decode(x, F.astype(x.dtype), alpha, sigma), extra
 
 @patch
 def ddim_step(self: DiffusionSampler,
@@ -85,21 +96,22 @@ def ddim_step(self: DiffusionSampler,
     "x_s = α_s x̂₀ + σ_s ε̂ (Song et al. 2021a, eq. 12 at η = 0): where the straight line in σ/α leads."
     return per_image(self.noise_schedule.alpha(s), x0) * x0 + per_image(self.noise_schedule.sigma(s), x0) * eps
 
-# %% ../../nbs/05_sampling.ipynb #83ace9eb
+# %% ../../nbs/05_sampling.ipynb #06081217
 @patch
 def _scan(self: DiffusionSampler, params, x, times, key, conditioning, denoise_final):
     "The whole loop: one step from each level to the next, then x̂₀ at the last."
     times = times.astype(jnp.promote_types(x.dtype, jnp.float32))
-    denoise = partial(self._denoise, params, conditioning)
-    def step(carry, pair):
+    ask = partial(self._ask, params, conditioning)
+    denoise = lambda x, t: ask(x, t)[:2]
+    def step(carry, now):
         x, key, memory = carry
-        t, s = pair
-        x0, eps = denoise(x, t)
-        x_next, state = self.take_next_step(x, x0, eps, t, SamplerState(key, memory, denoise), next_step=s)
+        t, s, plan = now
+        x0, eps, extra = ask(x, t)
+        x_next, state = self.take_next_step(x, x0, eps, t, SamplerState(key, memory, plan, extra, denoise), next_step=s)
         if x_next.shape != x.shape: raise ValueError(f"take_next_step must return samples of shape {x.shape}, got {x_next.shape}")
         carry = x_next.astype(x.dtype), state.rng, state.memory
         return self._leave_pure_noise(carry, memory, x0, eps, t, s), None
-    (x, _, _), _ = jax.lax.scan(step, (x, key, self.init_memory(x)), (times[:-1], times[1:]))
+    (x, _, _), _ = jax.lax.scan(step, (x, key, self.init_memory(x)), (times[:-1], times[1:], self.plan(times)))
     return denoise(x, times[-1])[0].astype(x.dtype) if denoise_final else x
 
 # %% ../../nbs/05_sampling.ipynb #d0a3f2b2
