@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiffusionTrainer', 'TrainedModel', 'ema_update', 'TrainState', 'TrainingDiverged', 'open_checkpoints']
 
-# %% ../nbs/23_trainer.ipynb #dcd0a00f
+# %% ../nbs/23_trainer.ipynb #1519a4a7
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from fastcore.basics import patch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from .losses import diffusion_loss
+from .losses import diffusion_loss, variance_loss
 from .predictors.common import EpsilonPredictor, check_predictor
 from .utils import as_key, check_images, check_positive_int
 
-# %% ../nbs/23_trainer.ipynb #267c8004
+# %% ../nbs/23_trainer.ipynb #8e866020
 class DiffusionTrainer:
     "Teaches a network to undo noise: sample t, add noise, regress, average over devices, update, EMA."
     def __init__(self,
@@ -39,6 +39,7 @@ class DiffusionTrainer:
                  loss_weight=None,  # (α, σ) -> weight on x₀'s error; the plain error on the output by default
                  time_density=None,  # (key, n) -> n times; the schedule's own by default
                  flip=False,  # mirror half of the images
+                 learn_variance=False,  # True for a network with twice the channels: the second half learns DDPM's variance
                  devices=None,  # the devices to train on; all local ones by default
                  checkpoint_dir=None,  # a folder; nothing is written by default
                  checkpoint_every=None,  # steps between checkpoints; only at the end of `fit` by default
@@ -46,7 +47,7 @@ class DiffusionTrainer:
         self.model, self.optimizer, self.name = TrainedModel(model), optimizer or optax.adam(2e-4), name
         self.noise_schedule, self.key, self.ema_decay = noise_schedule, as_key(rngs), ema_decay
         self.model_output_transform, self.loss_weight = model_output_transform or EpsilonPredictor(), loss_weight
-        self.time_density, self.flip, self.devices = time_density, flip, list(devices or jax.local_devices())
+        self.time_density, self.flip, self.learn_variance, self.devices = time_density, flip, learn_variance, list(devices or jax.local_devices())
         self.checkpoint_dir, self.checkpoint_every = checkpoint_dir, checkpoint_every
         self._prepare()
 
@@ -100,17 +101,37 @@ def _draw_batch(self: DiffusionTrainer, key, step, index, images):
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
     return jax.vmap(self._draw)(keys, images)
 
-# %% ../nbs/23_trainer.ipynb #797d0ea4
+# %% ../nbs/23_trainer.ipynb #35e33aa1
 @patch
 def _loss(self: DiffusionTrainer, params, t, eps, x0, conditioning):
     "The mean loss of a batch at times t: noise it, ask the network, compare."
     alpha, sigma = self.noise_schedule.get_rates(t)
     predictor = self.model_output_transform
-    x_t = (alpha * x0 + sigma * eps) * predictor.get_input_scale(alpha, sigma)
-    F = self.model.apply(params, x_t.astype(x0.dtype), self.noise_schedule.network_time(t), *conditioning)
-    if F.shape != x0.shape: raise ValueError(f"model must return the shape of its input, {x0.shape}, got {F.shape}; set its output channels")
+    x_t = alpha * x0 + sigma * eps
+    x_in = (x_t * predictor.get_input_scale(alpha, sigma)).astype(x0.dtype)
+    F, v = self._split_output(self.model.apply(params, x_in, self.noise_schedule.network_time(t), *conditioning), x0)
     target = predictor.get_target(x0, eps, alpha, sigma)
-    return jnp.mean(diffusion_loss(F, target, alpha.ravel(), sigma.ravel(), predictor, self.loss_weight))
+    loss = diffusion_loss(F, target, alpha.ravel(), sigma.ravel(), predictor, self.loss_weight)
+    if self.learn_variance: loss = loss + self._variance_loss(v, predictor.decode(x_t, F, alpha, sigma)[0], x0, t)
+    return jnp.mean(loss)
+
+# %% ../nbs/23_trainer.ipynb #374e202f
+@patch
+def _split_output(self: DiffusionTrainer, F, x0):
+    "(F, v): the network's output, and its second half of channels where it learns a variance, else None."
+    due = (*x0.shape[:-1], x0.shape[-1] * (2 if self.learn_variance else 1))
+    if F.shape != due:
+        what = "with learn_variance=True model must return twice the channels of" if self.learn_variance else "model must return the shape of"
+        raise ValueError(f"{what} its input, {due}, got {F.shape}; set its output channels")
+    return jnp.split(F, 2, -1) if self.learn_variance else (F, None)
+
+@patch
+def _variance_loss(self: DiffusionTrainer, v, x0_hat, x0, t):
+    "What v pays for the step from t to t - T/50, not below the last level, over log(σ_t/σ_s); the mean is left alone."
+    schedule = self.noise_schedule
+    s = jnp.minimum(t, jnp.maximum(t - schedule.max_timesteps / 50, schedule.min_time))
+    kl = variance_loss(v, x0_hat, x0, schedule.get_rates(t), schedule.get_rates(s))
+    return kl / jnp.maximum(jnp.log(schedule.sigma(t) / schedule.sigma(s)), 1e-6)
 
 # %% ../nbs/23_trainer.ipynb #1c73990f
 def ema_update(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DDIMSampler', 'EulerAncestralSampler']
 
-# %% ../../nbs/07_ddim.ipynb #1c0f9d4a
+# %% ../../nbs/07_ddim.ipynb #7b22a1e2
 import jax
 import jax.numpy as jnp
+from fastcore.basics import patch
 
 from .common import DiffusionSampler
 
-# %% ../../nbs/07_ddim.ipynb #b0600d54
+# %% ../../nbs/07_ddim.ipynb #79b89983
 class DDIMSampler(DiffusionSampler):
     "Deterministic at η = 0, DDPM's posterior at η = 1, for any pair of times (Song et al. 2021a, eq. 12 and 16)."
     def __init__(self, *args,
@@ -23,13 +24,13 @@ class DDIMSampler(DiffusionSampler):
 
     def take_next_step(self, current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=None):
         "x_s = α_s x̂₀ + √(σ_s² - ς²) ε̂ + ς z, with ς = η √Var[x_s | x_t, x₀]."
-        x0, eps, t, s = reconstructed_samples, pred_noise, current_step, next_step
+        x0, eps, t, s, ns = reconstructed_samples, pred_noise, current_step, next_step, self.noise_schedule
         if self.eta == 0: return self.ddim_step(x0, eps, s), state
         state, key = state.get_random_key()
         z = jax.random.normal(key, x0.shape, x0.dtype)
-        alpha, sigma = self.noise_schedule.alpha(s), self.noise_schedule.sigma(s)
-        share = self.eta ** 2 * self.noise_schedule.get_posterior_variance(t, s) / sigma ** 2  # ς²/σ_s², at most 1
-        return alpha * x0 + sigma * (jnp.sqrt(1 - share) * eps + jnp.sqrt(share) * z), state
+        share, log_ratio = self.eta ** 2, ns.log_snr(t) - ns.log_snr(s)
+        fresh, kept = -share * jnp.expm1(log_ratio), 1 - share + share * jnp.exp(log_ratio)  # ς²/σ_s², and what is left of 1
+        return ns.alpha(s) * x0 + ns.sigma(s) * (jnp.sqrt(kept) * eps + jnp.sqrt(fresh) * z), state
 
 # %% ../../nbs/07_ddim.ipynb #31d06149
 class EulerAncestralSampler(DDIMSampler):
@@ -38,3 +39,21 @@ class EulerAncestralSampler(DDIMSampler):
                  eta=1.0,  # η
                  **kwargs):
         super().__init__(*args, eta=eta, **kwargs)
+
+# %% ../../nbs/07_ddim.ipynb #19b0c277
+@patch
+def encode(self: DiffusionSampler,
+           x,  # (B, …): samples at time steps[-1]
+           steps,  # (N,): decreasing times, those of `sample`; here walked from the last up to the first
+           conditioning=(),  # further arguments of the model, each (B, …)
+          ):
+    "The noise (B, …) at time steps[0] that leads to x: the solver's N-1 steps, upwards. `ValueError` for a solver that draws noise, and where α(steps[0]) = 0."
+    x, steps, T = jnp.asarray(x), self._check_steps(steps), type(self).__name__
+    if not jnp.issubdtype(x.dtype, jnp.floating): raise ValueError(f"x must be floating point, (B, …), got {x.dtype}")
+    if self.noise_schedule.alpha(steps[0]) == 0: raise ValueError(f"steps must start where α > 0, got {steps[0]:g}: no signal is left there to come back from")
+    refusal = f"eta must be 0, and no other option stochastic, to encode: {T} draws fresh noise, which cannot be found again"
+    if getattr(self, "eta", 0) or getattr(self, "stochastic", False): raise ValueError(refusal)
+    try: return self._run(self.params, x, jnp.asarray(steps[::-1]), None, tuple(conditioning), denoise_final=False)  # without a key
+    except TypeError as e:
+        if "PRNG key" in str(e): raise ValueError(refusal) from None
+        raise
