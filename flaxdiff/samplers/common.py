@@ -48,7 +48,7 @@ class DiffusionSampler:
         self._starts_pure = float(noise_schedule.alpha(noise_schedule.max_timesteps)) == 0
         self._run = jax.jit(self._scan, static_argnames="denoise_final")
 
-# %% ../../nbs/05_sampling.ipynb #33de3b2b
+# %% ../../nbs/05_sampling.ipynb #f3b9444c
 @patch
 def take_next_step(self: DiffusionSampler,
                    current_samples,  # (B, …): x_t
@@ -61,6 +61,7 @@ def take_next_step(self: DiffusionSampler,
     "The one method of a solver: (x_s, the state to carry on)."
     raise NotImplementedError(f"{type(self).__name__} must define take_next_step")
 
+# %% ../../nbs/05_sampling.ipynb #b558b163
 @patch
 def init_memory(self: DiffusionSampler,
                 x,  # (B, …): the samples at the first level
@@ -74,6 +75,15 @@ def plan(self: DiffusionSampler,
         ):
     "Arrays (N-1, …), a row for each step, that depend on the times alone; nothing, unless it overrides this."
     return ()
+
+@patch
+def before_ask(self: DiffusionSampler,
+               current_samples,  # (B, …): x_t
+               current_step,  # scalar: the time t
+               state,  # a `SamplerState`
+              ):
+    "(x, t, state) for which the network is asked and the step is taken; as they came, unless it overrides this."
+    return current_samples, current_step, state
 
 # %% ../../nbs/05_sampling.ipynb #a4b4b407
 @patch
@@ -96,7 +106,7 @@ def ddim_step(self: DiffusionSampler,
     "x_s = α_s x̂₀ + σ_s ε̂ (Song et al. 2021a, eq. 12 at η = 0): where the straight line in σ/α leads."
     return per_image(self.noise_schedule.alpha(s), x0) * x0 + per_image(self.noise_schedule.sigma(s), x0) * eps
 
-# %% ../../nbs/05_sampling.ipynb #06081217
+# %% ../../nbs/05_sampling.ipynb #e127f480
 @patch
 def _scan(self: DiffusionSampler, params, x, times, key, conditioning, denoise_final):
     "The whole loop: one step from each level to the next, then x̂₀ at the last."
@@ -106,8 +116,9 @@ def _scan(self: DiffusionSampler, params, x, times, key, conditioning, denoise_f
     def step(carry, now):
         x, key, memory = carry
         t, s, plan = now
+        x, t, state = self.before_ask(x, t, SamplerState(key, memory, plan, None, denoise))
         x0, eps, extra = ask(x, t)
-        x_next, state = self.take_next_step(x, x0, eps, t, SamplerState(key, memory, plan, extra, denoise), next_step=s)
+        x_next, state = self.take_next_step(x, x0, eps, t, state.replace(extra=extra), next_step=s)
         if x_next.shape != x.shape: raise ValueError(f"take_next_step must return samples of shape {x.shape}, got {x_next.shape}")
         carry = x_next.astype(x.dtype), state.rng, state.memory
         return self._leave_pure_noise(carry, memory, x0, eps, t, s), None
