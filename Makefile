@@ -1,6 +1,7 @@
 # make demo    train on real handwritten digits, sample new ones, measure them, write demo.png
 # make test    every test but the slow ones
 # make slow    the slow ones: every chapter executed, the site in a browser, every solver at every N
+# make parity  the samplers beside diffusers and k-diffusion; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
 # make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
 # make prepare before a commit: clean, export, run every chapter, README, test
 # Each sets up what it needs in .venv; Python 3.11 or later, git and make are all it asks for.
@@ -8,9 +9,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+TORCH ?= torch
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: demo test slow docs prepare bench clean
+.PHONY: demo test slow parity docs prepare bench clean
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("flaxdiff needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -35,6 +37,14 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q --slow -m slow tests
+
+.venv/installed-parity: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev,parity]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion smalldiffusion
+	touch $@
+
+parity: .venv/installed-parity
+	$(BIN)/python -m pytest -q tests/test_parity.py
 
 docs: .venv/installed-dev
 	$(BIN)/python nbs/_docs.py build
