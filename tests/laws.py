@@ -40,7 +40,6 @@ OTHER_T = {f"{name}-T{T}": cls(T) for name, cls in SCHEDULE_CLASSES.items()
            for T in ((10,) if issubclass(cls, schedulers.DiscreteNoiseScheduler) else (1000,))}
 ALL_SCHEDULES = {**SCHEDULES, **ZERO_SNR, **SCALED, **OTHER_T}
 EACH_KIND = ("LinearNoiseSchedule", "CosineContinuousNoiseScheduler", "EDMNoiseScheduler", "CosineNoiseSchedule-zero-snr")
-ONE_ZERO = (*SCHEDULES, "CosineNoiseSchedule-zero-snr")
 PREDICTORS = {name: cls() for name, cls in PREDICTOR_CLASSES.items()}
 
 
