@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'PREDICTORS', 'SAMPLERS', 'TrainConfig', 'check_config',
            'save_grid', 'fingerprint', 'train_run', 'sampler_of', 'train_parser', 'load_run', 'read_config',
            'choose_config', 'train_main', 'sample_parser', 'sample_run', 'sample_main']
 
-# %% ../nbs/27_train.ipynb #5b39cb27
+# %% ../nbs/27_train.ipynb #111d2af9
 import argparse
 import dataclasses
 import hashlib
@@ -27,19 +27,26 @@ from fastcore.docments import docments
 from .data import get_dataset
 from .models import SimpleUNet
 from .predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
-from .samplers import DDIMSampler, EulerAncestralSampler, EulerSampler, HeunSampler, RK4Sampler
 from .schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler, CosineNoiseSchedule,
                                  EDMNoiseScheduler, ExpNoiseSchedule, KarrasVENoiseScheduler, LinearNoiseSchedule)
 from .trainer import DiffusionTrainer, TrainingDiverged
 from .utils import check_positive_int, to_grid
 
-# %% ../nbs/27_train.ipynb #86d8221f
+# %% ../nbs/27_train.ipynb #6409638e
+from .samplers import (AdaptiveSampler, DDIMSampler, DDPMSampler, DEISSampler, DPMSolverPlusPlusSampler, DPMSolverSampler, EDMSampler,
+                               EulerAncestralSampler, EulerMaruyamaSampler, EulerSampler, HeunSampler, LMSSampler, MidpointSampler, MultiStepDPM,
+                               PLMSSampler, PNDMSampler, PredictorCorrectorSampler, RK4Sampler, UniPCSampler)
+
+# %% ../nbs/27_train.ipynb #e2d6eef0
 SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine": CosineNoiseSchedule,
              "linear": LinearNoiseSchedule, "exp": ExpNoiseSchedule,
              "cosine-continuous": CosineContinuousNoiseScheduler, "cosine-general": CosineGeneralNoiseScheduler}
 PREDICTORS = {"edm": KarrasEDMPredictor, "epsilon": EpsilonPredictor, "x0": X0Predictor, "v": VPredictor}
-SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "rk4": RK4Sampler, "ddim": DDIMSampler,
-            "euler-ancestral": EulerAncestralSampler}
+SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "midpoint": MidpointSampler, "rk4": RK4Sampler, "adaptive": AdaptiveSampler,
+            "ddim": DDIMSampler, "ddpm": DDPMSampler, "euler-ancestral": EulerAncestralSampler, "edm": EDMSampler,
+            "euler-maruyama": EulerMaruyamaSampler, "predictor-corrector": PredictorCorrectorSampler,
+            "lms": LMSSampler, "plms": PLMSSampler, "pndm": PNDMSampler, "multistep-dpm": MultiStepDPM,
+            "dpm-solver": DPMSolverSampler, "dpm-solver++": DPMSolverPlusPlusSampler, "unipc": UniPCSampler, "deis": DEISSampler}
 
 # %% ../nbs/27_train.ipynb #cfe262d9
 @dataclass(frozen=True)

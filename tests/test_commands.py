@@ -102,3 +102,10 @@ def test_a_diverged_run_stops_and_is_no_result(tmp_path, capsys):
 def test_every_field_is_a_flag_with_help():
     text = train_parser().format_help()
     for field in dataclasses.fields(TrainConfig): assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_every_solver_has_a_name():
+    "All that need no fit first."
+    from flaxdiff.training import SAMPLERS
+    from laws import SAMPLER_CLASSES
+    assert set(SAMPLERS.values()) == set(SAMPLER_CLASSES.values()) - {SAMPLER_CLASSES["FewStepSampler"]}
