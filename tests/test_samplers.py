@@ -605,7 +605,7 @@ def test_a_grid_can_be_a_function():
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(where=st.lists(st.integers(0, 1000), min_size=2, max_size=6, unique=True), name=st.sampled_from(["EDMNoiseScheduler", "CosineContinuousNoiseScheduler"]),
-       solver=st.sampled_from(["EulerSampler", "HeunSampler", "RK4Sampler"]))
+       solver=st.sampled_from(["EulerSampler", "HeunSampler", "MidpointSampler", "RK4Sampler", "EDMSampler", "DPMSolverSampler"]))
 def test_any_grid_leads_a_single_example_home(where, name, solver):
     "Any decreasing times at all: with one example the end depends on the last time alone."
     with jax.enable_x64(True):
