@@ -28,8 +28,8 @@ class NoiseForm(ExponentialSampler):
     def scale(self, alpha, sigma): return -sigma
     def slope(self, x0, eps): return eps
 
-# %% ../../nbs/15_dpm_solver.ipynb #e0a417e2
-class DEISSampler(NoiseForm, ExponentialSampler):
+# %% ../../nbs/15_dpm_solver.ipynb #292e7fb0
+class DEISSampler(NoiseForm):
     "ε̂ as a polynomial in λ through `order` (1 to 4) past levels, integrated exactly (Zhang & Chen 2023)."
     orders, midpoint = (1, 2, 3, 4), False
     def __init__(self, *args,

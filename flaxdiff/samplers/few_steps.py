@@ -18,7 +18,7 @@ from .dpm_solver import ExponentialSampler, UniPCSampler
 from .grids import karras_grid, lambda_grid
 from ..utils import check_positive_int
 
-# %% ../../nbs/17_few_steps.ipynb #07930d74
+# %% ../../nbs/17_few_steps.ipynb #6420694f
 class FewStepSampler(ExponentialSampler):
     "A multistep solver on x̂₀ with levels and weights of its own, found by `fit`; before that, Adams and Bashforth's second order in λ."
     midpoint = False
@@ -28,22 +28,28 @@ class FewStepSampler(ExponentialSampler):
                  **kwargs):
         super().__init__(*args, order=3, **kwargs)
         if (steps is None) != (corrections is None): raise ValueError("steps and corrections belong together: give both, or neither")
-        self.steps = steps if steps is None else self._check_steps(steps)
-        self.corrections = corrections if steps is None else np.asarray(corrections, np.float64)
+        self.steps = self.corrections = None
+        if steps is not None: self.steps, self.corrections = self._check_steps(steps), np.asarray(corrections, np.float64)
         if steps is not None and self.corrections.shape != (len(self.steps) - 1, 2):
             raise ValueError(f"corrections must have shape ({len(self.steps) - 1}, 2) to fit steps, got {self.corrections.shape}")
 
-# %% ../../nbs/17_few_steps.ipynb #99689713
+# %% ../../nbs/17_few_steps.ipynb #36c5bdb8
 @patch
 def plan(self: FewStepSampler, times):
     "Weights (N-1, 2) of the x̂₀ one and two steps back: those of a straight line through the last two, and what was learned."
     w = jnp.pad(self.weights(times, range(2))[:, 1:], ((0, 0), (0, 1)))
     if self.corrections is None: return {"weights": w}
-    if len(times) != len(self.corrections) + 1: raise ValueError(f"steps must be the {len(self.corrections) + 1} levels of the fit, `sampler.steps`, got {len(times)}")
     alpha, sigma = self.noise_schedule.alpha(times), self.noise_schedule.sigma(times)
     whole = alpha[1:] - alpha[:-1] * sigma[1:] / sigma[:-1]  # the weight of all x̂₀ together
     known = jnp.arange(len(w))[:, None] >= jnp.array([1, 2])
     return {"weights": w + jnp.where(known, whole[:, None] * jnp.asarray(self.corrections, w.dtype), 0)}
+
+@patch
+def _check_steps(self: FewStepSampler, steps):
+    "After a fit its own levels alone: the weights belong to them."
+    steps = super(FewStepSampler, self)._check_steps(steps)
+    if self.steps is None or np.array_equal(steps, self.steps): return steps
+    raise ValueError(f"steps must be the {len(self.steps)} levels of the fit, `sampler.steps`, got {len(steps)} from {steps[0]:g} to {steps[-1]:g}")
 
 @patch
 def make_steps(self: FewStepSampler, diffusion_steps=50, start_step=1000, end_step=0, grid=None):
