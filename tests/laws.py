@@ -89,7 +89,14 @@ class Wave:
     params = {"w": np.float32(0.7)}
 
 
-WAVE = Wave()
+class InTwoPrecisions:
+    "The first half of the batch through a float32 network, the rest through a bfloat16 one."
+    def apply(self, params, x, temb):
+        half = len(x) // 2
+        return jnp.concatenate([WAVE.apply(params, x[:half], temb[:half]), BFLOAT16.apply(params, x[half:], temb[half:]).astype(x.dtype)])
+
+
+WAVE, BFLOAT16, BOTH = Wave(), Wave(dtype=jnp.bfloat16), InTwoPrecisions()
 MIXTURE = GaussianMixture([-0.8, 0.1, 0.7], [0.3, 0.2, 0.25], [0.3, 0.3, 0.4])
 POINT = GaussianMixture([0.3], 0.0)
 
@@ -133,3 +140,23 @@ def walk(sampler, x, steps, rng=0, stride=1, denoise_final=False):
     for i in range(0, len(steps) - 1, stride):
         x = sampler.sample(x, steps[i:i + stride + 1], rng=jax.random.fold_in(key, i), denoise_final=False)
     return sampler.sample(x, steps[-1:], rng=0) if denoise_final else x
+
+
+class Still:
+    "Mixed into a solver: it stands still between equal times, so that lists of every length, filled up with their last time, are one program."
+    def take_next_step(self, current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=None):
+        x, after = super().take_next_step(current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=next_step)
+        pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(next_step < current_step, a, b), new, old)
+        return pick(x, current_samples), after.replace(memory=pick(after.memory, state.memory))
+
+
+@functools.lru_cache(maxsize=None)
+def still(cls): return type("Still" + cls.__name__, (Still, cls), {})
+
+
+def sample_each(cls, schedule, predictor, model, x, lists, rng=0, options=()):
+    "`sample` from x along each of these lists of times, (len(lists), B, …), in one compilation; also for solvers that remember."
+    sampler = wave_sampler(still(cls), schedule, predictor, model, options)
+    longest = max(map(len, lists))
+    table = jnp.asarray(np.stack([np.pad(steps, (0, longest - len(steps)), mode="edge") for steps in lists]))
+    return jax.jit(jax.vmap(lambda steps: sampler._scan(sampler.params, x, steps, jax.random.PRNGKey(rng), (), True)))(table)

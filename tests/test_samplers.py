@@ -12,8 +12,8 @@ from flaxdiff.exact import ExactModel, FiniteDataset, GaussianMixture
 from flaxdiff.samplers import (DDIMSampler, DiffusionSampler, EulerAncestralSampler, EulerSampler, HeunSampler, karras_grid,
                                lambda_grid, trailing_grid, uniform_grid)
 from flaxdiff.schedulers import CosineNoiseSchedule, EDMNoiseScheduler
-from laws import (ALL_SCHEDULES, EACH_KIND, GRIDS, MIXTURE, POINT, PREDICTORS, SAMPLER_CLASSES, SCALED, SCHEDULES, WAVE, ZERO_SNR, Wave, decodable,
-                  default_predictor, ends_pure, exact_sampler, has_memory, is_discrete, is_stochastic, over, takes, walk, wave_sampler, x64)
+from laws import (ALL_SCHEDULES, EACH_KIND, GRIDS, MIXTURE, POINT, PREDICTORS, SAMPLER_CLASSES, SCALED, SCHEDULES, WAVE, ZERO_SNR, BFLOAT16, BOTH, Wave, decodable,
+                  default_predictor, ends_pure, exact_sampler, has_memory, is_discrete, is_stochastic, over, sample_each, takes, walk, wave_sampler, x64)
 
 # measured order of convergence, with the options that make a stochastic sampler deterministic; None: always stochastic, or adaptive.
 # Other options than the defaults are measured in the tests of each family.
@@ -238,46 +238,63 @@ def test_epsilon_is_refused_at_zero_snr(cls, schedule):
 
 # Finite everywhere
 
-def all_finite(cls, schedule, predictor, model, counts):
-    "Each N by steps that share one compilation where the solver has no memory, from the grid and prior of `generate_images`."
-    sampler = wave_sampler(cls, schedule, predictor, model)
+def start_noise(schedule):
+    "The prior of `generate_images`."
     T = schedule.max_timesteps
-    noise = jax.random.normal(jax.random.PRNGKey(0), SHAPE) * (float(schedule.sigma(T)) if schedule.variance_exploding else 1)
-    for n in counts:
-        steps = sampler.make_steps(n)
-        end = sampler.sample(noise, steps, rng=0) if has_memory(sampler) else walk(sampler, noise, steps, denoise_final=True)
-        assert end.dtype == jnp.float32 and np.all(np.isfinite(end)), n
+    return jax.random.normal(jax.random.PRNGKey(0), SHAPE) * (float(schedule.sigma(T)) if schedule.variance_exploding else 1)
 
 
-BFLOAT16 = Wave(dtype=jnp.bfloat16)
+def check_finite(cls, schedule, predictor, options=()):
+    "For N = 1 … 50, from the grid and prior of `generate_images`, with a float32 and a bfloat16 network."
+    lists = [wave_sampler(cls, schedule, predictor).make_steps(n) for n in range(1, 51)]
+    ends = np.asarray(sample_each(cls, schedule, predictor, BOTH, start_noise(schedule), lists, options=options))
+    finite = np.isfinite(ends).all((2, 3, 4))
+    assert ends.dtype == np.float32 and finite.all(), [f"N={n + 1}, {('float32', 'bfloat16')[i]}" for n, i in np.argwhere(~finite)]
 
 
-FORGETFUL = {name: cls for name, cls in SAMPLER_CLASSES.items() if name not in REMEMBERING}
-
-
-@over(EACH_KIND, cls=FORGETFUL, schedule=WITH_ZERO_SNR)
-def test_finite(cls, schedule):
-    "With few levels and many; the predictors take turns, all of them under --slow."
-    all_finite(cls, schedule, in_turn(cls, schedule), WAVE, (1, 2, 3, 7, 18, 50))
-
-
-@over(EACH_KIND, cls=REMEMBERING, schedule=WITH_ZERO_SNR)
-def test_finite_with_a_memory(cls, schedule):
-    "Each number of levels is a program of its own."
-    all_finite(cls, schedule, in_turn(cls, schedule), WAVE, (2, 50))
-
-
-@over(("LinearNoiseSchedule",), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
-def test_finite_with_a_bfloat16_network(cls, schedule):
-    all_finite(cls, schedule, in_turn(cls, schedule), BFLOAT16, (1, 18))
+@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+def test_finite_with_every_number_of_levels(cls, schedule):
+    "The predictors take turns, all of them under --slow."
+    check_finite(cls, schedule, in_turn(cls, schedule))
 
 
 @pytest.mark.slow
 @over(cls=SAMPLER_CLASSES, schedule=ALL_SCHEDULES, predictor=PREDICTORS)
-@pytest.mark.parametrize("model", [WAVE, BFLOAT16], ids=["float32", "bfloat16"])
-def test_finite_with_every_number_of_levels(cls, schedule, predictor, model):
+def test_finite_with_every_predictor(cls, schedule, predictor):
     if not decodable(predictor, schedule): pytest.skip("refused")
-    all_finite(cls, schedule, predictor, model, range(1, 51))
+    check_finite(cls, schedule, predictor)
+
+
+PLUS, UNIPC = SAMPLER_CLASSES["DPMSolverPlusPlusSampler"], SAMPLER_CLASSES["UniPCSampler"]
+VARIANTS = {"DPM-3": (SAMPLER_CLASSES["DPMSolverSampler"], {"order": 3}), "2S": (PLUS, {"multistep": False}), "3M": (PLUS, {"order": 3}),
+            "SDE": (PLUS, {"multistep": False, "stochastic": True}), "2M-SDE": (PLUS, {"stochastic": True}), "3M-SDE": (PLUS, {"order": 3, "stochastic": True}),
+            "UniPC-3": (UNIPC, {"order": 3}), "UniP-3": (UNIPC, {"order": 3, "corrector": False}), "DEIS-1": (SAMPLER_CLASSES["DEISSampler"], {"order": 1}),
+            "churned": (SAMPLER_CLASSES["EDMSampler"], {"S_churn": 40.0, "S_noise": 1.007}), "LMS-2": (SAMPLER_CLASSES["LMSSampler"], {"order": 2}),
+            "Heun in λ": (HeunSampler, {"frame": "lambda"}), "Heun in σ": (HeunSampler, {"frame": "sigma"}), "2-correctors": (SAMPLER_CLASSES["PredictorCorrectorSampler"], {"corrector_steps": 2})}
+
+
+@pytest.mark.slow
+@over(variant=VARIANTS, schedule=WITH_ZERO_SNR)
+def test_finite_with_every_option(variant, schedule):
+    cls, options = variant
+    check_finite(cls, schedule, in_turn(cls, schedule), tuple(options.items()))
+
+
+@over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
+def test_standing_still_is_sampling(cls, schedule):
+    "The short cut of the two tests above: a list of times that was filled up gives what `sample` gives."
+    x, sampler = start_noise(schedule), wave_sampler(cls, schedule, PREDICTORS["VPredictor"])
+    lists = [sampler.make_steps(n) for n in (1, 2, 6)]
+    for steps, end in zip(lists, sample_each(cls, schedule, PREDICTORS["VPredictor"], WAVE, x, lists)):
+        want = sampler.sample(x, steps, rng=jax.random.PRNGKey(0))
+        np.testing.assert_allclose(end, want, rtol=1e-4, atol=2e-6 * np.abs(x).max())  # rounding at the first levels, σ = 80
+
+
+@over(("LinearNoiseSchedule",), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
+def test_a_bfloat16_network_is_read_as_float32(cls, schedule):
+    sampler = wave_sampler(cls, schedule, in_turn(cls, schedule), BFLOAT16)
+    end = sampler.sample(start_noise(schedule), sampler.make_steps(18), rng=0)
+    assert end.dtype == jnp.float32 and np.all(np.isfinite(end))
 
 
 @over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)

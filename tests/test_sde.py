@@ -10,7 +10,7 @@ import pytest
 from flaxdiff.exact import GaussianMixture
 from flaxdiff.samplers import DDIMSampler, EDMSampler, EulerMaruyamaSampler, HeunSampler, PredictorCorrectorSampler
 from flaxdiff.sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler, diffusion_squared, drift, score_from_eps, score_from_x0
-from laws import ALL_SCHEDULES, EACH_KIND, MIXTURE, PREDICTORS, SCHEDULES, WAVE, Wave, ZERO_SNR, ends_pure, exact_sampler, is_discrete, over, wave_sampler, x64
+from laws import ALL_SCHEDULES, BOTH, EACH_KIND, MIXTURE, PREDICTORS, SCHEDULES, WAVE, Wave, ZERO_SNR, ends_pure, exact_sampler, is_discrete, over, sample_each, wave_sampler, x64
 
 CLASSICAL = {"VP": VPNoiseScheduler(), "sub-VP": SubVPNoiseScheduler(), "VE": VENoiseScheduler()}
 OTHERS = {"VP-T1000": VPNoiseScheduler(1000, 0.2, 12), "VP-constant": VPNoiseScheduler(1, 5, 5), "sub-VP-T1000": SubVPNoiseScheduler(1000), "VE-T10": VENoiseScheduler(10, 0.02, 300)}
@@ -349,15 +349,11 @@ NEW = {"EM": (EulerMaruyamaSampler, ()), "PC": (PredictorCorrectorSampler, ()), 
 
 @over(("VE", "sub-VP"), kind=NEW, schedule={**CLASSICAL, **SCHEDULES, "zero-snr": PURE})
 def test_finite(kind, schedule):
-    "On the processes that the general laws do not meet, and churned; in turns with a network in bfloat16."
+    "On the processes that the general laws do not meet, and churned; N = 1 … 50, networks in float32 and bfloat16."
     cls, options = kind
     x = jnp.asarray(x_of(scale=float(schedule.sigma(schedule.max_timesteps))), jnp.float32)
-    for model, N in ((WAVE, 2), (BFLOAT16 if schedule.variance_exploding else WAVE, 50)):
-        sampler = wave_sampler(cls, schedule, V, model, options)
-        assert np.all(np.isfinite(sampler.sample(x, sampler.make_steps(N), 0))), N
-
-
-BFLOAT16 = Wave(dtype=jnp.bfloat16)
+    lists = [wave_sampler(cls, schedule, V, options=options).make_steps(n) for n in range(1, 51)]
+    assert np.all(np.isfinite(sample_each(cls, schedule, V, BOTH, x, lists, options=options)))
 
 
 @over(kind=NEW)
