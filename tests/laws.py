@@ -154,9 +154,22 @@ class Still:
 def still(cls): return type("Still" + cls.__name__, (Still, cls), {})
 
 
-def sample_each(cls, schedule, predictor, model, x, lists, rng=0, options=()):
-    "`sample` from x along each of these lists of times, (len(lists), B, …), in one compilation; also for solvers that remember."
-    sampler = wave_sampler(still(cls), schedule, predictor, model, options)
+class OneOf(predictors.DiffusionPredictionTransform):
+    "Any of these predictors; `which` may be traced, so that all are one program."
+    def __init__(self, choices): self.choices, self.which = list(choices), 0
+    def _pick(self, ask): return jax.tree.map(lambda *values: jax.lax.select_n(self.which, *values), *map(ask, self.choices)) if len(self.choices) > 1 else ask(self.choices[0])
+    def row(self, alpha, sigma): return self._pick(lambda p: p.row(alpha, sigma))
+    def get_input_scale(self, alpha, sigma): return self._pick(lambda p: p.get_input_scale(alpha, sigma))
+    def decode(self, x_t, F, alpha, sigma): return self._pick(lambda p: p.decode(x_t, F, alpha, sigma))
+
+
+def sample_each(cls, schedule, choices, model, x, lists, rng=0, options=()):
+    "`sample` with each of these predictors from x along each of these lists of times, (predictors, lists, B, …), in one compilation."
+    sampler = still(cls)(model, Wave.params, schedule, OneOf(choices), **dict(options))
     longest = max(map(len, lists))
     table = jnp.asarray(np.stack([np.pad(steps, (0, longest - len(steps)), mode="edge") for steps in lists]))
-    return jax.jit(jax.vmap(lambda steps: sampler._scan(sampler.params, x, steps, jax.random.PRNGKey(rng), (), True)))(table)
+
+    def run(which, steps):
+        sampler.model_output_transform.which = which
+        return sampler._scan(sampler.params, x, steps, jax.random.PRNGKey(rng), (), True)
+    return jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(jnp.arange(len(choices)), table)

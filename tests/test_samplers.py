@@ -244,25 +244,17 @@ def start_noise(schedule):
     return jax.random.normal(jax.random.PRNGKey(0), SHAPE) * (float(schedule.sigma(T)) if schedule.variance_exploding else 1)
 
 
-def check_finite(cls, schedule, predictor, options=()):
-    "For N = 1 … 50, from the grid and prior of `generate_images`, with a float32 and a bfloat16 network."
-    lists = [wave_sampler(cls, schedule, predictor).make_steps(n) for n in range(1, 51)]
-    ends = np.asarray(sample_each(cls, schedule, predictor, BOTH, start_noise(schedule), lists, options=options))
-    finite = np.isfinite(ends).all((2, 3, 4))
-    assert ends.dtype == np.float32 and finite.all(), [f"N={n + 1}, {('float32', 'bfloat16')[i]}" for n, i in np.argwhere(~finite)]
+def check_finite(cls, schedule, options=()):
+    "For N = 1 … 50 and every predictor, from the grid and prior of `generate_images`, with a float32 and a bfloat16 network."
+    known = {name: p for name, p in PREDICTORS.items() if decodable(p, schedule)}
+    lists = [wave_sampler(cls, schedule, default_predictor(schedule)).make_steps(n) for n in range(1, 51)]
+    ends = np.asarray(sample_each(cls, schedule, known.values(), BOTH, start_noise(schedule), lists, options=options))
+    finite = np.isfinite(ends).all((3, 4, 5))
+    assert ends.dtype == np.float32 and finite.all(), [f"{list(known)[k]}, N={n + 1}, {('float32', 'bfloat16')[i]}" for k, n, i in np.argwhere(~finite)]
 
 
-@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
-def test_finite_with_every_number_of_levels(cls, schedule):
-    "The predictors take turns, all of them under --slow."
-    check_finite(cls, schedule, in_turn(cls, schedule))
-
-
-@pytest.mark.slow
-@over(cls=SAMPLER_CLASSES, schedule=ALL_SCHEDULES, predictor=PREDICTORS)
-def test_finite_with_every_predictor(cls, schedule, predictor):
-    if not decodable(predictor, schedule): pytest.skip("refused")
-    check_finite(cls, schedule, predictor)
+@over(EACH_KIND, cls=SAMPLER_CLASSES, schedule=ALL_SCHEDULES)
+def test_finite(cls, schedule): check_finite(cls, schedule)
 
 
 PLUS, UNIPC = SAMPLER_CLASSES["DPMSolverPlusPlusSampler"], SAMPLER_CLASSES["UniPCSampler"]
@@ -277,17 +269,18 @@ VARIANTS = {"DPM-3": (SAMPLER_CLASSES["DPMSolverSampler"], {"order": 3}), "2S": 
 @over(variant=VARIANTS, schedule=WITH_ZERO_SNR)
 def test_finite_with_every_option(variant, schedule):
     cls, options = variant
-    check_finite(cls, schedule, in_turn(cls, schedule), tuple(options.items()))
+    check_finite(cls, schedule, tuple(options.items()))
 
 
 @over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
 def test_standing_still_is_sampling(cls, schedule):
-    "The short cut of the two tests above: a list of times that was filled up gives what `sample` gives."
-    x, sampler = start_noise(schedule), wave_sampler(cls, schedule, PREDICTORS["VPredictor"])
-    lists = [sampler.make_steps(n) for n in (1, 2, 6)]
-    for steps, end in zip(lists, sample_each(cls, schedule, PREDICTORS["VPredictor"], WAVE, x, lists)):
-        want = sampler.sample(x, steps, rng=jax.random.PRNGKey(0))
-        np.testing.assert_allclose(end, want, rtol=1e-4, atol=2e-6 * np.abs(x).max())  # rounding at the first levels, σ = 80
+    "The short cut of the two tests above: a list of times that was filled up gives what `sample` gives, with whichever predictor."
+    x, choices = start_noise(schedule), [PREDICTORS["VPredictor"], PREDICTORS["KarrasEDMPredictor"]]
+    lists = [wave_sampler(cls, schedule, choices[0]).make_steps(n) for n in (1, 2, 6)]
+    for predictor, ends in zip(choices, sample_each(cls, schedule, choices, WAVE, x, lists)):
+        for steps, end in zip(lists, ends):
+            want = wave_sampler(cls, schedule, predictor).sample(x, steps, rng=jax.random.PRNGKey(0))
+            np.testing.assert_allclose(end, want, rtol=1e-4, atol=2e-6 * np.abs(x).max())  # rounding at the first levels, σ = 80
 
 
 @over(("LinearNoiseSchedule",), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)

@@ -353,7 +353,7 @@ def test_finite(kind, schedule):
     cls, options = kind
     x = jnp.asarray(x_of(scale=float(schedule.sigma(schedule.max_timesteps))), jnp.float32)
     lists = [wave_sampler(cls, schedule, V, options=options).make_steps(n) for n in range(1, 51)]
-    assert np.all(np.isfinite(sample_each(cls, schedule, V, BOTH, x, lists, options=options)))
+    assert np.all(np.isfinite(sample_each(cls, schedule, [V], BOTH, x, lists, options=options)))
 
 
 @over(kind=NEW)
