@@ -1,22 +1,28 @@
-"""The streams of `get_dataset`: the digits, and TensorFlow Datasets image sets that the tests write to disk themselves."""
+"""The streams of `get_dataset`: the digits, folders and TensorFlow Datasets image sets that the tests write to disk themselves; prefetching, augmentation."""
 import importlib.util
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import textwrap
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import datasets
 
 from flaxdiff import data as module
-from flaxdiff.data import ImageStream, get_dataset, load_digits
+from flaxdiff.data import (FileStream, ImageFolder, ImageStream, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
+                           draw_augmentation, get_dataset, load_digits, prefetch_to_device, warp_image)
 
 # Pictures of which only the middle square has the colour (10 i, 200, 255 - 10 i); all around it is black.
 RECIPES = """
-import sys
+import io, sys
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -41,10 +47,13 @@ class Recipe(tfds.core.GeneratorBasedBuilder):
 
 class TinyPictures(Recipe): pass
 class TinyUnlabelled(Recipe): with_label = False
+class TinyDamaged(Recipe):  # bytes that are no picture among the others
+    def _generate_examples(self, numbers):
+        for i in numbers: yield i, {"image": io.BytesIO(b"no picture at all") if i in (3, 4, 12) else picture(i), "label": i}
 class OxfordFlowers102(Recipe):  # stands for the real one, whose recipe is then found prepared
     VERSION, splits = tfds.core.Version("2.1.1"), {"train": range(3), "validation": range(3, 6), "test": range(6, 17)}
 
-for kind in (TinyPictures, TinyUnlabelled, OxfordFlowers102):
+for kind in (TinyPictures, TinyUnlabelled, TinyDamaged, OxfordFlowers102):
     kind(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 TinyPictures(data_dir=sys.argv[2], file_format="tfrecord").download_and_prepare()
 """
@@ -72,11 +81,34 @@ def folders(tmp_path_factory):
     return folder / "records", folder / "tf"
 
 
-@pytest.fixture(params=["digits", "tiny_pictures"])
-def opened(request, folders):
-    "`get_dataset` of either kind, small enough to go through several epochs: (a function that opens it, the number of examples)."
-    def open(**arguments): return get_dataset(request.param, **{"batch_size": 5, "image_scale": 8, "data_dir": folders[0], **arguments})[0]
-    return open, {"digits": 1797, "tiny_pictures": M}[request.param]
+def save_picture(path, i, captions=False):
+    "A file of one colour, which says which it is: (10 i, 200, 255 - 10 i), wide or high."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.broadcast_to(np.array([10 * i, 200, 255 - 10 * i], np.uint8), (20 + i, 31, 3) if i % 2 else (31, 20 + i, 3))
+    Image.fromarray(colours).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    if captions: path.with_suffix(".txt").write_text(f" picture {i}\n")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    "A folder of 17 pictures of every kind, in three folders, with captions beside them and things that are no pictures."
+    pytest.importorskip("grain")
+    folder = tmp_path_factory.mktemp("pictures")
+    endings = ["png", "jpg", "JPEG", "webp", "bmp", "gif"]
+    for i in range(M): save_picture(folder / ("cats", "dogs", "dogs/old")[i % 3] / f"{i:02d}.{endings[i % 6]}", i, captions=True)
+    for hidden in (".hidden.png", ".cache/a.png", "cats/.01.png", "cats/notes.md", "cats/notes"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(params=["digits", "tiny_pictures", "folder"])
+def opened(request):
+    "`get_dataset` of each kind, small enough to go through several epochs: (a function that opens it, the number of examples)."
+    if request.param == "folder": name, rest = f"folder:{request.getfixturevalue('pictures')}", {}
+    else: name, rest = request.param, {"data_dir": request.getfixturevalue("folders")[0]}
+    def open(**arguments): return get_dataset(name, **{"batch_size": 5, "image_scale": 8, **rest, **arguments})[0]
+    return open, 1797 if name == "digits" else M
 
 
 def take(stream, n):
@@ -89,7 +121,7 @@ def rows(batches):
     return [image.tobytes() for batch in batches for image in batch]
 
 
-# ---- both kinds of stream
+# ---- every kind of stream
 
 def test_a_seed_fixes_the_order_and_another_changes_it(opened):
     open, _ = opened
@@ -161,6 +193,96 @@ def test_bad_arguments_are_named(name, bad, word, folders):
 @pytest.mark.parametrize("name", [None, 5, b"digits"])
 def test_a_name_is_a_string(name):
     with pytest.raises(ValueError, match="^name must"): get_dataset(name)
+
+
+# ---- several hosts
+
+def columns(batch): return list(batch.values()) if isinstance(batch, dict) else [batch]
+
+
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 6, 12])
+def test_the_hosts_shares_side_by_side_are_the_one_hosts_batch(opened, H):
+    open, M = opened
+    alone, hosts = open(batch_size=12, labels=True, host=0, hosts=1), [open(batch_size=12, labels=True, host=h, hosts=H) for h in range(H)]
+    for _ in range(4):  # past two ends of an epoch of 17
+        whole, shares = next(alone), [next(host) for host in hosts]
+        assert all(len(share["image"]) == 12 // H for share in shares)
+        for k in whole: assert np.array_equal(np.concatenate([share[k] for share in shares]), whole[k])
+        assert all(host.get_state() == alone.get_state() for host in hosts)
+
+
+def test_a_run_goes_on_with_another_number_of_hosts(opened):
+    open, _ = opened
+    expected = rows(take(open(batch_size=12, seed=2), 9))
+    found, state = [], open(batch_size=12, seed=2).get_state()
+    for H in (2, 1, 6):
+        hosts = [open(batch_size=12, seed=2, host=h, hosts=H) for h in range(H)]
+        for host in hosts: host.set_state(json.loads(json.dumps(state)))
+        for _ in range(3): found += [image for host in hosts for image in rows([next(host)])]
+        state, = {json.dumps(host.get_state()) for host in hosts}
+        state = json.loads(state)
+    assert found == expected and state == {"position": 9 * 12, "seed": 2, "examples": state["examples"]}
+
+
+class Counted:
+    "A source that notes which of its examples are read."
+    def __init__(self, M): self.M, self.read = M, []
+    def __len__(self): return self.M
+    def __getitem__(self, i):
+        self.read.append(int(i))
+        return np.float32(i)
+
+
+def test_a_host_reads_nothing_but_its_rows():
+    pytest.importorskip("grain")
+    sources = [Counted(1000) for _ in range(4)]
+    streams = [FileStream(source, lambda x: x, 8, threads=1, host=h, hosts=4) for h, source in enumerate(sources)]
+    handed = [np.concatenate([next(stream) for _ in range(20)]).tolist() for stream in streams]
+    for source, mine in zip(sources, handed): assert source.read[:40] == mine  # in order: one thread
+    assert len(set(sum(handed, []))) == 160
+
+
+def test_the_next_epoch_is_read_before_this_one_ends():
+    pytest.importorskip("grain")
+    source = Counted(10)
+    stream = FileStream(source, lambda x: x, 10, threads=2)
+    next(stream)
+    for _ in range(500):
+        if len(source.read) >= 40: break
+        time.sleep(0.01)
+    assert len(source.read) >= 40 and stream.get_state()["position"] == 10
+
+
+def test_the_hosts_are_jaxs_processes_by_default(opened, monkeypatch):
+    open, _ = opened
+    whole = next(open(batch_size=12))
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert np.array_equal(next(open(batch_size=12)), whole[8:])
+
+
+@pytest.mark.parametrize("bad, word", [(dict(host=0, hosts=2), "batch_size must divide by the number of hosts, 2"), (dict(host=2, hosts=2, batch_size=4), "host must"),
+                                       (dict(host=-1, hosts=5), "host must"), (dict(host=True, hosts=5), "host must"), (dict(host=0, hosts=0), "hosts must"),
+                                       (dict(host=1), "host and hosts must"), (dict(hosts=1), "host and hosts must")])
+def test_bad_hosts_are_named(opened, bad, word):
+    with pytest.raises(ValueError, match=f"^{word}"): opened[0](**bad)
+
+
+def test_the_order_of_the_digits_is_that_of_the_first_release():
+    data = get_dataset("digits", batch_size=6, labels=True)[0]
+    labels = np.concatenate([next(data)["label"] for _ in range(600)])
+    order = np.concatenate([np.random.default_rng((0, epoch)).permutation(1797) for epoch in range(3)])[:3600]
+    assert np.array_equal(labels, load_digits()[1][order]) and data.get_state() == {"position": 3600, "seed": 0, "examples": 1797}
+
+
+def test_the_order_of_files_is_that_of_the_first_release(folders):
+    "Checkpoints of it go on: grain's shuffle of the source itself, in batches."
+    import grain
+    data = get_dataset("tiny_pictures", batch_size=5, seed=3, image_scale=8, labels=True, data_dir=folders[0])[0]
+    source = module.open_tfds("tiny_pictures", data_dir=folders[0])
+    expected = grain.MapDataset.source(source).seed(3).shuffle().repeat()
+    assert np.concatenate([next(data)["label"] for _ in range(12)]).tolist() == [int(expected[j]["label"]) for j in range(60)]
+    assert TFDSStream is FileStream
 
 
 # ---- the digits
@@ -261,7 +383,7 @@ def test_a_position_inside_a_batch_is_refused(folders):
 @pytest.mark.parametrize("name", ["no_such_flowers", "not a name", "", "Digits", "tiny_pictures:7.0.0"])
 def test_an_unknown_name_is_told_shortly(name, folders):
     with pytest.raises(ValueError) as error: get_dataset(name, data_dir=folders[0])
-    assert repr(name) in str(error.value) and "name must be 'digits' or one of tensorflow.org/datasets/catalog" in str(error.value)
+    assert repr(name) in str(error.value) and "name must be 'digits', 'folder:PATH' or one of tensorflow.org/datasets/catalog" in str(error.value)
     assert len(str(error.value)) < 300 and "abstract_reasoning" not in str(error.value)  # not the thousand names of TFDS
 
 
@@ -301,3 +423,344 @@ def test_a_missing_extra_is_named(extra, monkeypatch):
 def test_a_recipe_that_dies_is_told(monkeypatch, folders):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="its process ended with code 1"): module.find_tfds("tiny_pictures", folders[0])
+
+
+# ---- folders
+
+def test_a_folder_is_read_whole_and_right(pictures):
+    data, datalen = get_dataset(f"folder:{pictures}", batch_size=M, image_scale=8, labels=True, captions=True)
+    assert datalen == M and data.label_names == ["cats", "dogs"] and data.damaged == {}
+    batch = next(data)
+    assert list(batch) == ["image", "label", "text"] and batch["image"].shape == (M, 8, 8, 3) and batch["image"].dtype == np.float32
+    assert batch["label"].dtype == np.int32 and batch["text"].dtype == object and batch["text"].shape == (M,)
+    assert all(isinstance(text, str) for text in batch["text"])
+    numbers = [int(text.removeprefix("picture ")) for text in batch["text"]]
+    assert sorted(numbers) == list(range(M))
+    for image, label, i in zip(batch["image"], batch["label"], numbers):
+        assert label == (i % 3 > 0)
+        expected = np.array([10 * i, 200, 255 - 10 * i]) / 127.5 - 1
+        assert abs(image - expected).max() < 4 / 127.5, i  # a JPEG, in which colours are rounded
+
+
+def test_a_folder_is_sorted_by_path_and_its_batches_are_what_is_asked_for(pictures):
+    folder = ImageFolder(pictures)
+    assert folder.files == sorted(folder.files) and len(folder) == M and not any("/." in f or f.startswith(".") for f in folder.files)
+    assert isinstance(next(get_dataset(f"folder:{pictures}", image_scale=8)[0]), np.ndarray)
+    assert set(next(get_dataset(f"folder:{pictures}", image_scale=8, captions=True)[0])) == {"image", "text"}
+    assert set(next(get_dataset(f"folder:{pictures}", image_scale=8, labels=True)[0])) == {"image", "label"}
+    assert next(get_dataset(f"folder:{pictures}", image_scale=8, channels=1)[0]).shape == (16, 8, 8, 1)
+
+
+def test_the_first_frame_of_a_moving_picture(tmp_path):
+    frames = [Image.fromarray(np.full((9, 9, 3), v, np.uint8)) for v in (255, 0, 0)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert next(get_dataset(f"folder:{tmp_path}", 1, 8)[0]).min() == 1
+
+
+def test_captions_of_a_table(tmp_path):
+    for i in range(3): save_picture(tmp_path / "a" / f"{i}.png", i, captions=True)
+    table = tmp_path / "metadata.jsonl"
+    texts = ["zwei Löwen\u2028 und\nmehr", "", "one 1"]
+    table.write_text("".join(json.dumps({"file_name": f"./a/{i}.png" if i else "a/0.png", "text": text, "more": 1}, ensure_ascii=False) + "\n" for i, text in enumerate(texts)) + "\n", "utf-8")
+    batch = next(get_dataset(f"folder:{tmp_path}", 3, 8, captions=True)[0])
+    assert sorted(batch["text"]) == sorted(texts)  # of the table, not of the files beside the pictures
+    for line, word in (("{", "JSONDecodeError"), ('{"file_name": "a/0.png"}', "KeyError: 'text'"), ('{"file_name": "a/0.png", "text": 5}', "must be a string, got 5"),
+                       ("[]", "TypeError"), ('{"file_name": "a/0.png", "text": "another"}', "second caption")):
+        table.write_text(json.dumps({"file_name": "a/0.png", "text": "one"}) + "\n" + line, "utf-8")
+        with pytest.raises(ValueError, match=f"line 2 of .*metadata.jsonl .*{word}"): get_dataset(f"folder:{tmp_path}", captions=True)
+    table.write_text(json.dumps({"file_name": "a/0.png", "text": "one"}))
+    with pytest.raises(ValueError, match="2 of 3 have none in metadata.jsonl, such as 'a/1.png'"): get_dataset(f"folder:{tmp_path}", captions=True)
+
+
+def test_captions_that_are_missing_or_no_text(tmp_path):
+    for i in range(3): save_picture(tmp_path / f"{i}.png", i, captions=i > 0)
+    with pytest.raises(ValueError, match="captions=True needs a caption for every picture; 1 of 3 have none .*such as '0.png'"): get_dataset(f"folder:{tmp_path}", captions=True)
+    (tmp_path / "0.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8.*0.txt"): get_dataset(f"folder:{tmp_path}", captions=True)
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path, pictures, folders):
+    for name, word in (("folder:", "must name a folder"), (f"folder:{tmp_path / 'none'}", "must name a folder of pictures, got '.*none'"), (f"folder:{tmp_path}", "holds no picture")):
+        with pytest.raises(ValueError, match=word): get_dataset(name)
+    save_picture(tmp_path / "a" / "1.png", 1)
+    save_picture(tmp_path / "loose.png", 2)
+    with pytest.raises(ValueError, match="labels=True .*'loose.png' lies in none"): get_dataset(f"folder:{tmp_path}", labels=True)
+    assert get_dataset(f"folder:{tmp_path}")[0].label_names is None and get_dataset(f"folder:{tmp_path}")[1] == 2
+    with pytest.raises(ValueError, match="^split must be 'all' for a folder"): get_dataset(f"folder:{pictures}", split="train")
+    with pytest.raises(ValueError, match="^data_dir must be None for a folder"): get_dataset(f"folder:{pictures}", data_dir="x")
+    for name in ("digits", "tiny_pictures"):
+        with pytest.raises(ValueError, match="^captions must be False"): get_dataset(name, captions=True, data_dir=folders[0])
+
+
+def test_a_folder_needs_grain_and_says_so(pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ValueError, match="needs grain: pip install 'flaxdiff\\[data\\]'"): get_dataset(f"folder:{pictures}")
+
+
+def test_label_names(folders):
+    assert get_dataset("digits")[0].label_names == list("0123456789")
+    assert get_dataset("tiny_pictures", data_dir=folders[0])[0].label_names == [str(i) for i in range(60)]
+    assert get_dataset("tiny_unlabelled", data_dir=folders[0])[0].label_names is None
+
+
+# ---- damaged examples
+
+@pytest.fixture
+def broken(tmp_path):
+    "23 pictures, of which three are damaged: a JPEG and a PNG cut short, and a file of something else."
+    pytest.importorskip("grain")
+    for i in range(23): save_picture(tmp_path / "ab"[i % 2] / f"{i:02d}.{'jpg' if i % 3 else 'png'}", i, captions=True)
+    jpeg, png, garbage = tmp_path / "a" / "04.jpg", tmp_path / "b" / "15.png", tmp_path / "b" / "21.png"
+    for file in (jpeg, png): file.write_bytes(file.read_bytes()[:-40])
+    garbage.write_bytes(b"this is no picture" * 40)
+    return tmp_path, {"a/04.jpg", "b/15.png", "b/21.png"}
+
+
+def test_damaged_files_are_named_skipped_and_counted_once(broken, caplog):
+    folder, names = broken
+    data, datalen = get_dataset(f"folder:{folder}", 23, 8, labels=True, captions=True)
+    with caplog.at_level(logging.WARNING, "flaxdiff.data"): batches = take(data, 4)
+    assert datalen == 23 and set(data.damaged.values()) == names and data.get_state()["position"] == 4 * 23
+    said = [record.getMessage() for record in caplog.records if record.name == "flaxdiff.data"]
+    assert len(said) == 3 and all(sum(f"example {i} is damaged and skipped: {name}" in line for line in said) == 1 for i, name in data.damaged.items())
+    files = ImageFolder(folder).files
+    stands_for = {file: next(f for f in files[i:] + files if f not in names) for i, file in enumerate(files)}
+    expected = sorted(f"picture {int(f[2:4])}" for f in stands_for.values())
+    for batch in batches: assert sorted(batch["text"]) == expected  # each epoch: the next readable file in the place of each damaged one
+    for batch in batches: assert all(label == int(text.split()[1]) % 2 for text, label in zip(batch["text"], batch["label"]))
+
+
+def test_damage_moves_nobody_else(broken):
+    folder, names = broken
+    sound = {f: (folder / f).read_bytes() for f in names}
+    def texts(hosts): return [sum((next(host)["text"].tolist() for host in hosts), []) for _ in range(6)]
+    def open(H): return [get_dataset(f"folder:{folder}", 8, 8, captions=True, host=h, hosts=H)[0] for h in range(H)]
+    skipped = texts(open(1))
+    assert skipped == texts(open(2)) == texts(open(8))  # whoever reads, and however much of it
+    late = open(1)[0]
+    late.set_state({**late.get_state(), "position": 16})
+    assert texts([late])[:4] == skipped[2:]
+    for f in sound: save_picture(folder / f, int(f[2:4]))
+    whole, gone = texts(open(1)), {f"picture {int(f[2:4])}" for f in names}
+    assert gone <= set(sum(whole, []))
+    for a, b in zip(sum(skipped, []), sum(whole, [])): assert b in gone and a not in gone or a == b
+
+
+def test_damaged_bytes_in_a_tfds_set(folders, caplog):
+    data, _ = get_dataset("tiny_damaged", batch_size=M, image_scale=8, labels=True, data_dir=folders[0])
+    labels = [sorted(next(data)["label"].tolist()) for _ in range(3)]
+    names = {data.images[i]["label"]: name for i, name in data.damaged.items()}
+    assert names.keys() == {3, 4, 12} and all(name == f"tiny_damaged all[{i}]" for i, name in data.damaged.items())
+    assert labels[0] == labels[1] == labels[2] and len(labels[0]) == M and len(set(labels[0])) == M - 3
+    assert all(name in caplog.text for name in names.values())
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_too_many_damaged_examples_stop_the_run(broken, limit):
+    folder, names = broken
+    data, _ = get_dataset(f"folder:{folder}", 4, 8, max_damaged=limit)
+    with pytest.raises(ValueError, match=f"of 23 examples are damaged, where max_damaged is {limit}: [ab]/") as error: take(data, 20)
+    assert int(str(error.value).split()[0]) == len(data.damaged) > limit and any(name in str(error.value) for name in names)
+    stopped = data.get_state()
+    assert stopped["position"] < 23 + 4
+    with pytest.raises(ValueError, match="damaged"): next(data)  # it stays so
+    assert data.get_state() == stopped
+    assert take(get_dataset(f"folder:{folder}", 4, 8, max_damaged=3)[0], 20)
+
+
+def test_the_limit_is_one_per_cent_and_at_least_ten():
+    pytest.importorskip("grain")
+    for M, limit in ((5, 10), (999, 10), (2345, 23)): assert FileStream(np.zeros((M, 2, 2, 1)), lambda x: x, 1).max_damaged == limit
+    for bad in (-1, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="^max_damaged must"): FileStream(np.zeros((5, 2, 2, 1)), lambda x: x, 1, max_damaged=bad)
+
+
+def test_a_folder_of_nothing_but_garbage(tmp_path):
+    for i in range(3): (tmp_path / f"{i}.png").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="^3 of 3 examples are damaged.*0.png"): next(get_dataset(f"folder:{tmp_path}", 2, 8)[0])
+
+
+# ---- to the device
+
+def test_prefetched_batches_are_the_same_and_on_the_device(opened):
+    open, _ = opened
+    expected, ahead = take(open(labels=True), 8), prefetch_to_device(open(labels=True), ahead=3)
+    for a, b in zip(expected, take(ahead, 8)):
+        assert all(isinstance(x, jax.Array) and np.array_equal(x, y) for x, y in zip(columns(b), columns(a), strict=True))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_a_prefetched_stream_says_what_was_consumed(opened, ahead):
+    open, _ = opened
+    plain, data = open(seed=1), prefetch_to_device(open(seed=1), ahead)
+    for _ in range(7):
+        assert data.get_state() == plain.get_state()
+        assert np.array_equal(next(data), next(plain))
+    assert data.data.get_state()["position"] == plain.get_state()["position"] + 5 * ahead  # it did read on
+    state = json.dumps(data.get_state())
+    expected = [np.asarray(x) for x in take(data, 4)]
+    data.set_state(json.loads(state))
+    assert data.get_state() == json.loads(state)
+    assert all(np.array_equal(a, b) for a, b in zip(expected, take(data, 4), strict=True))
+    with pytest.raises(ValueError, match="seed 1"): data.set_state({**data.get_state(), "seed": 2})
+    plain.set_state(data.get_state())
+    assert np.array_equal(next(data), next(plain))  # a refused state moved nothing
+
+
+def test_prefetching_a_plain_iterator():
+    batches = [np.full((2, 3), i, np.float32) for i in range(5)]
+    data = prefetch_to_device(batches)
+    assert not hasattr(data, "get_state") and not hasattr(data, "set_state")
+    assert [float(b[0, 0]) for b in data] == [0, 1, 2, 3, 4] and next(data, None) is None
+
+    def breaks():
+        yield from batches[:2]
+        raise OSError("the disk is gone")
+    data = prefetch_to_device(breaks(), ahead=4)
+    assert len(take(data, 2)) == 2  # what was good is handed out first
+    with pytest.raises(OSError, match="gone"): next(data)
+    with pytest.raises(ValueError, match="^ahead must"): prefetch_to_device(batches, ahead=0)
+
+
+def test_an_error_ahead_does_not_move_the_state(broken):
+    data = prefetch_to_device(get_dataset(f"folder:{broken[0]}", 4, 8, max_damaged=0)[0], ahead=3)
+    consumed = 0
+    with pytest.raises(ValueError, match="damaged"):
+        while True: next(data); consumed += 4
+    assert data.get_state()["position"] == consumed
+
+
+def test_captions_stay_on_the_host(pictures):
+    batch = next(prefetch_to_device(get_dataset(f"folder:{pictures}", 4, 8, labels=True, captions=True)[0]))
+    assert isinstance(batch["image"], jax.Array) and isinstance(batch["label"], jax.Array) and batch["text"].dtype == object
+    assert next(prefetch_to_device([{"image": np.zeros(2), "text": ["a", "b"]}]))["text"] == ["a", "b"]
+
+
+def test_prefetching_onto_several_devices():
+    found = python("""
+        import jax, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from flaxdiff.data import get_dataset, prefetch_to_device
+        place = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+        one, two = next(get_dataset("digits")[0]), next(prefetch_to_device(get_dataset("digits")[0], place=place))
+        last = next(prefetch_to_device(get_dataset("digits")[0], place=jax.devices()[1]))
+        print(two.sharding == place, [shard.data.shape[0] for shard in two.addressable_shards], np.array_equal(one, two), last.devices() == {jax.devices()[1]})""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert found.strip() == "True [8, 8] True True"
+
+
+# ---- augmentation
+
+def noise(shape, dtype=jnp.float32): return jax.random.uniform(jax.random.PRNGKey(5), shape, dtype, -1, 1)
+def only(**values): return jnp.zeros(8).at[jnp.array([int(k[1:]) for k in values])].set(jnp.array(list(values.values()), jnp.float32))
+
+
+SHAPES = [(12, 12, 3), (9, 14, 1), (8, 5, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flips_and_nothing_are_exact(shape):
+    image = noise(shape)
+    for a, expected in ((only(), image), (only(a0=1), image[:, ::-1]), (only(a1=1), image[::-1]), (only(a0=1, a1=1), image[::-1, ::-1])):
+        assert np.array_equal(jax.jit(apply_augmentation)(image, a), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whole_pixels_move_by_whole_pixels(shape):
+    H, W, _ = shape
+    image = noise(shape)
+    moved = apply_augmentation(image, only(a6=8 * 3 / W, a7=-8 * 2 / H))  # right by 3, up by 2
+    expected = np.pad(image, ((0, 2), (3, 0), (0, 0)), mode="reflect")[2:, :W]
+    assert abs(moved - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("turns", [1, 2, -1])
+def test_quarter_turns_are_np_rot90(turns):
+    image = noise((13, 13, 3))
+    assert abs(apply_augmentation(image, only(a3=turns * np.pi / 2)) - np.rot90(image, turns)).max() < 1e-5
+
+
+def wave(x, y): return 0.4 * np.cos(0.5 * x + 0.3 * y) + 0.3 * np.sin(0.2 * x - 0.4 * y)  # wavelengths of 10 pixels and more
+def linear(a):
+    "The forward matrix of (x, y), as the paper's table lists its factors: S, then R, then A."
+    turn = lambda t: np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
+    return turn(-a[4]) @ np.diag([2 ** (0.2 * a[5]), 2 ** (-0.2 * a[5])]) @ turn(a[4]) @ turn(-a[3]) * 2 ** (0.2 * a[2])
+
+
+@pytest.mark.parametrize("a", [dict(a2=1.3), dict(a2=-0.8), dict(a3=0.7), dict(a4=0.9, a5=1.1), dict(a6=0.3, a7=-0.21), dict(a2=0.6, a3=-2.2, a4=2.5, a5=-0.7, a6=0.4, a7=0.2)])
+def test_a_warp_is_the_tables_transformation(a):
+    "A function of the plane, drawn, warped, and drawn warped: they agree wherever no mirrored edge is seen."
+    n, a = 48, np.asarray(only(**a))
+    y, x = np.mgrid[:n, :n] - (n - 1) / 2
+    shift = a[6:] * n / 8
+    back = np.linalg.inv(linear(a))
+    qx, qy = np.einsum("ij,jhw->ihw", back, np.stack([x - shift[0], y - shift[1]]))
+    warped = np.asarray(apply_augmentation(jnp.asarray(wave(x, y), jnp.float32)[..., None], jnp.asarray(a)))[..., 0]
+    inside = (abs(qx) < n / 2 - 3) & (abs(qy) < n / 2 - 3)
+    error = abs(warped - wave(qx, qy))[inside].max()
+    assert inside.mean() > 0.3 and error < 0.012  # Keys' kernel on waves of 10 pixels; bilinear errs by 0.03 and more
+    bilinear = jax.scipy.ndimage.map_coordinates(jnp.asarray(wave(x, y)), [qy + (n - 1) / 2, qx + (n - 1) / 2], 1)
+    assert error < 0.5 * abs(bilinear - wave(qx, qy))[inside].max()
+
+
+def test_edges_are_mirrored_and_the_range_is_kept():
+    image = noise((6, 7, 2))
+    far = warp_image(image, jnp.eye(2), jnp.array([12.0, 10.0]))  # whole periods of the mirrored image: 2 (7 - 1), 2 (6 - 1)
+    assert abs(far - image).max() < 1e-5
+    out = jax.vmap(lambda key: augment_image(key, image, 1.0)[0])(jax.random.split(jax.random.PRNGKey(0), 200))
+    assert out.min() >= image.min() and out.max() <= image.max() and jnp.isfinite(out).all()
+
+
+def test_labels_say_what_was_done():
+    a = np.array([1, 0, 0.3, 0.5, 0.7, 1.1, -0.2, 0.4])
+    due = [1, 0, 0.3, np.cos(0.5) - 1, np.sin(0.5), 1.1 * np.cos(0.7), 1.1 * np.sin(0.7), -0.2, 0.4]
+    assert np.allclose(augmentation_labels(jnp.asarray(a, jnp.float32)), due, atol=1e-6)
+
+
+@pytest.mark.parametrize("probability, mirror", [(0.12, 0.5), (0.5, 0.0), (1.0, 1.0)])
+def test_the_draws_are_the_tables(probability, mirror):
+    n = 40_000
+    a = np.asarray(jax.jit(jax.vmap(lambda key: draw_augmentation(key, probability, mirror)))(jax.random.split(jax.random.PRNGKey(1), n)))
+    near = lambda found, due, spread: abs(found - due) < 4.5 * spread / np.sqrt(n) + 1e-9
+    p = probability
+    for k, due in enumerate([mirror, p / 2, *[p] * 6]): assert near(np.mean(a[:, k] != 0), due, np.sqrt(due * (1 - due))), k
+    for k in (2, 5, 6, 7): assert near(a[:, k].mean(), 0, np.sqrt(p)) and near((a[:, k] ** 2).mean(), p, np.sqrt(3 * p - p * p)) and near((a[:, k] ** 4).mean(), 3 * p, np.sqrt(105 * p))
+    for k in (3, 4): assert abs(a[:, k]).max() <= np.pi and near((a[:, k] ** 2).mean(), p * np.pi ** 2 / 3, np.sqrt(p * np.pi ** 4 / 5))
+    assert ((a[:, 4] != 0) == (a[:, 5] != 0)).all() and ((a[:, 6] != 0) == (a[:, 7] != 0)).all()
+    kinds = (a[:, [1, 2, 3, 5, 6]] != 0).astype(float)  # drawn independently of one another
+    if p < 1: assert abs(np.corrcoef(kinds.T) - np.eye(5)).max() < 4.5 / np.sqrt(n)
+    values = np.abs(a[:, [2, 3, 5, 6, 7]][(kinds[:, 1:] != 0).all(1)])
+    if p > 0.4: assert abs(np.corrcoef(values.T) - np.eye(5)).max() < 4.5 / np.sqrt(len(values))
+
+
+def test_labels_are_zero_if_and_only_if_nothing_was_touched():
+    image = noise((10, 10, 3))
+    out, labels = jax.jit(jax.vmap(augment_image, (0, None)))(jax.random.split(jax.random.PRNGKey(2), 3000), image)
+    same, quiet = np.array([np.array_equal(x, image) for x in out]), np.all(np.asarray(labels) == 0, 1)
+    assert labels.shape == (3000, 9) and np.array_equal(same, quiet)
+    share = 0.5 * 0.94 * 0.88 ** 4
+    assert abs(quiet.mean() - share) < 4 * np.sqrt(share * (1 - share) / 3000)
+
+
+def test_probability_zero_turns_all_off():
+    image, keys = noise((6, 6, 1)), jax.random.split(jax.random.PRNGKey(0), 300)
+    out, labels = jax.vmap(lambda key: augment_image(key, image, probability=0))(keys)
+    assert (out == image).all() and (labels == 0).all()
+    out, labels = jax.vmap(lambda key: augment_image(key, image, probability=0.12, mirror=0))(keys)
+    assert (labels[:, 0] == 0).all() and (labels != 0).any()
+
+
+def test_an_image_depends_on_its_own_key_alone_and_keeps_its_type():
+    images, keys = noise((5, 8, 8, 3)), jax.random.split(jax.random.PRNGKey(3), 5)
+    together, labels = jax.jit(jax.vmap(lambda k, x: augment_image(k, x, 0.8)))(keys, images)
+    for i in range(5):
+        alone, label = jax.jit(lambda k, x: augment_image(k, x, 0.8))(keys[i], images[i])
+        assert abs(alone - together[i]).max() < 1e-5 and np.allclose(label, labels[i], atol=1e-6)
+    for dtype in (jnp.bfloat16, jnp.float16): assert augment_image(keys[0], images[0].astype(dtype), 1.0)[0].dtype == dtype
+    traced = jax.jit(lambda p: augment_image(keys[0], images[0], p)[0])  # the probability may be a traced number: a schedule of it
+    assert np.array_equal(traced(0.0), images[0])
+
+
+@pytest.mark.parametrize("bad, word", [(dict(probability=-0.1), "probability"), (dict(probability=12), "probability"), (dict(mirror=1.5), "mirror")])
+def test_bad_probabilities_are_named(bad, word):
+    with pytest.raises(ValueError, match=f"^{word} must lie in"): augment_image(jax.random.PRNGKey(0), noise((4, 4, 1)), **bad)
