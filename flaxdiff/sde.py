@@ -78,7 +78,7 @@ def get_timesteps(self: VPNoiseScheduler,
     "The time of B = log(1 + (σ/α)²)."
     return self._inverse(jnp.log1p(jnp.asarray(sigmas) ** 2))
 
-# %% ../nbs/08_sde.ipynb #d7caf3e0
+# %% ../nbs/08_sde.ipynb #5629d01b
 class SubVPNoiseScheduler(VPNoiseScheduler):
     "Sub-VP: VP's drift with g² = β (1 - exp(-2B)), so that σ = 1 - ᾱ (Song et al. 2021b, appendix C)."
     def sigma(self, t):
@@ -91,7 +91,6 @@ class SubVPNoiseScheduler(VPNoiseScheduler):
         "The time of B = 2 asinh(σ/(2α))."
         return self._inverse(2 * jnp.arcsinh(jnp.asarray(sigmas) / 2))
 
-# %% ../nbs/08_sde.ipynb #7356c603
 class VENoiseScheduler(NoiseScheduler):
     "Variance exploding: α = 1 and log σ linear in t, dx = √(dσ²/dt) dw (Song et al. 2021b, appendix C)."
     variance_exploding = True

@@ -1,6 +1,6 @@
 """The streams of `get_dataset`: the digits, folders and TensorFlow Datasets image sets that the tests write to disk themselves; prefetching, augmentation."""
+import functools
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -102,9 +102,13 @@ def pictures(tmp_path_factory):
     return folder
 
 
+FIND = functools.cache(module.find_tfds)  # a process for each question: asked once here
+
+
 @pytest.fixture(params=["digits", "tiny_pictures", "folder"])
-def opened(request):
+def opened(request, monkeypatch):
     "`get_dataset` of each kind, small enough to go through several epochs: (a function that opens it, the number of examples)."
+    monkeypatch.setattr(module, "find_tfds", FIND)
     if request.param == "folder": name, rest = f"folder:{request.getfixturevalue('pictures')}", {}
     else: name, rest = request.param, {"data_dir": request.getfixturevalue("folders")[0]}
     def open(**arguments): return get_dataset(name, **{"batch_size": 5, "image_scale": 8, **rest, **arguments})[0]
@@ -652,7 +656,7 @@ def test_prefetching_onto_several_devices():
 # ---- augmentation
 
 def noise(shape, dtype=jnp.float32): return jax.random.uniform(jax.random.PRNGKey(5), shape, dtype, -1, 1)
-def only(**values): return jnp.zeros(8).at[jnp.array([int(k[1:]) for k in values])].set(jnp.array(list(values.values()), jnp.float32))
+def only(**values): return jnp.array([values.get(f"a{k}", 0) for k in range(8)], jnp.float32)
 
 
 SHAPES = [(12, 12, 3), (9, 14, 1), (8, 5, 2)]
@@ -681,6 +685,8 @@ def test_quarter_turns_are_np_rot90(turns):
 
 
 def wave(x, y): return 0.4 * np.cos(0.5 * x + 0.3 * y) + 0.3 * np.sin(0.2 * x - 0.4 * y)  # wavelengths of 10 pixels and more
+
+
 def linear(a):
     "The forward matrix of (x, y), as the paper's table lists its factors: S, then R, then A."
     turn = lambda t: np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
@@ -707,8 +713,16 @@ def test_edges_are_mirrored_and_the_range_is_kept():
     image = noise((6, 7, 2))
     far = warp_image(image, jnp.eye(2), jnp.array([12.0, 10.0]))  # whole periods of the mirrored image: 2 (7 - 1), 2 (6 - 1)
     assert abs(far - image).max() < 1e-5
-    out = jax.vmap(lambda key: augment_image(key, image, 1.0)[0])(jax.random.split(jax.random.PRNGKey(0), 200))
+    out = jax.jit(jax.vmap(lambda key: augment_image(key, image, 1.0)[0]))(jax.random.split(jax.random.PRNGKey(0), 200))
     assert out.min() >= image.min() and out.max() <= image.max() and jnp.isfinite(out).all()
+
+
+def test_half_a_pixel_at_a_mirrored_edge():
+    "Keys' weights halfway between pixels are -1/16, 9/16, 9/16, -1/16; beyond the edge stands the image without its outermost pixel."
+    image = noise((5, 9, 2))
+    padded = np.pad(image, ((0, 0), (4, 4), (0, 0)), mode="reflect")
+    expected = sum(w * padded[:, k:k + 9] for w, k in zip((-1, 9, 9, -1), (2, 3, 4, 5))) / 16  # the image moved right by 1/2
+    assert abs(warp_image(image, jnp.eye(2), jnp.array([0.5, 0.0])) - np.clip(expected, image.min(), image.max())).max() < 1e-5
 
 
 def test_labels_say_what_was_done():
@@ -725,7 +739,7 @@ def test_the_draws_are_the_tables(probability, mirror):
     p = probability
     for k, due in enumerate([mirror, p / 2, *[p] * 6]): assert near(np.mean(a[:, k] != 0), due, np.sqrt(due * (1 - due))), k
     for k in (2, 5, 6, 7): assert near(a[:, k].mean(), 0, np.sqrt(p)) and near((a[:, k] ** 2).mean(), p, np.sqrt(3 * p - p * p)) and near((a[:, k] ** 4).mean(), 3 * p, np.sqrt(105 * p))
-    for k in (3, 4): assert abs(a[:, k]).max() <= np.pi and near((a[:, k] ** 2).mean(), p * np.pi ** 2 / 3, np.sqrt(p * np.pi ** 4 / 5))
+    for k in (3, 4): assert abs(a[:, k]).max() <= np.pi and near(a[:, k].mean(), 0, np.sqrt(p * np.pi ** 2 / 3)) and near((a[:, k] ** 2).mean(), p * np.pi ** 2 / 3, np.sqrt(p * np.pi ** 4 / 5))
     assert ((a[:, 4] != 0) == (a[:, 5] != 0)).all() and ((a[:, 6] != 0) == (a[:, 7] != 0)).all()
     kinds = (a[:, [1, 2, 3, 5, 6]] != 0).astype(float)  # drawn independently of one another
     if p < 1: assert abs(np.corrcoef(kinds.T) - np.eye(5)).max() < 4.5 / np.sqrt(n)
@@ -744,19 +758,20 @@ def test_labels_are_zero_if_and_only_if_nothing_was_touched():
 
 def test_probability_zero_turns_all_off():
     image, keys = noise((6, 6, 1)), jax.random.split(jax.random.PRNGKey(0), 300)
-    out, labels = jax.vmap(lambda key: augment_image(key, image, probability=0))(keys)
+    out, labels = jax.jit(jax.vmap(lambda key: augment_image(key, image, probability=0)))(keys)
     assert (out == image).all() and (labels == 0).all()
-    out, labels = jax.vmap(lambda key: augment_image(key, image, probability=0.12, mirror=0))(keys)
+    _, labels = jax.jit(jax.vmap(lambda key: augment_image(key, image, probability=0.12, mirror=0)))(keys)
     assert (labels[:, 0] == 0).all() and (labels != 0).any()
 
 
 def test_an_image_depends_on_its_own_key_alone_and_keeps_its_type():
     images, keys = noise((5, 8, 8, 3)), jax.random.split(jax.random.PRNGKey(3), 5)
     together, labels = jax.jit(jax.vmap(lambda k, x: augment_image(k, x, 0.8)))(keys, images)
+    one = jax.jit(lambda k, x: augment_image(k, x, 0.8))
     for i in range(5):
-        alone, label = jax.jit(lambda k, x: augment_image(k, x, 0.8))(keys[i], images[i])
+        alone, label = one(keys[i], images[i])
         assert abs(alone - together[i]).max() < 1e-5 and np.allclose(label, labels[i], atol=1e-6)
-    for dtype in (jnp.bfloat16, jnp.float16): assert augment_image(keys[0], images[0].astype(dtype), 1.0)[0].dtype == dtype
+    for dtype in (jnp.bfloat16, jnp.float16): assert jax.eval_shape(augment_image, keys[0], images[0].astype(dtype))[0].dtype == dtype
     traced = jax.jit(lambda p: augment_image(keys[0], images[0], p)[0])  # the probability may be a traced number: a schedule of it
     assert np.array_equal(traced(0.0), images[0])
 

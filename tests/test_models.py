@@ -262,6 +262,29 @@ def test_bfloat16_computes_low_and_keeps_high():
     assert 1e-4 < np.abs(out - reference).max() / np.abs(reference).max() < 0.1, "bfloat16 is used, and is close"
 
 
+def test_working_through_again_changes_the_memory_alone():
+    "`remat`: the same parameters by the same names, the same gradient, and a program that keeps less."
+    shape, sizes = (2, 16, 16, 3), {}
+    x, temb = inputs(shape)
+    for remat in (False, True):
+        model = SimpleUNet(**{**TINY, "output_channels": 3, "remat": remat})
+        params = random_params(jax.eval_shape(model.init, jax.random.PRNGKey(0), x, temb))
+        grad = jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(model.apply(p, x, temb)))))
+        sizes[remat] = (jax.tree.structure(params), grad(params), str(jax.make_jaxpr(grad)(params)))
+    (tree, g, plain), (tree_again, g_again, again) = sizes[False], sizes[True]
+    assert tree == tree_again and "remat" in again and "remat" not in plain
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), g_again, g)
+
+
+def test_augmentation_labels_are_heard_and_none_is_zeros():
+    x, temb = inputs((2, 8, 8, 3))
+    model = SimpleUNet(**{**TINY, "output_channels": 3})
+    params = random_params(jax.eval_shape(lambda *a: model.init(*a, augment=jnp.zeros((2, 9))), jax.random.PRNGKey(0), x, temb))
+    silent, none, told = model.apply(params, x, temb), model.apply(params, x, temb, augment=jnp.zeros((2, 9))), model.apply(params, x, temb, augment=jnp.ones((2, 9)))
+    np.testing.assert_array_equal(silent, none)
+    assert np.abs(told - none).max() > 1e-3
+
+
 def test_bad_fields_are_refused():
     for fields, name in ((dict(attention_configs=({"heads": 4, "flash": True},)), "flash"), (dict(attention_configs=({"head": 4},)), "attention_configs"),
                          (dict(attention_configs=({"heads": 4},) * 6), "attention_configs"), (dict(feature_depths=()), "feature_depths"),

@@ -12,7 +12,9 @@ import optax
 import pytest
 
 from flaxdiff import get_dataset
-from flaxdiff.losses import edm_weight
+from flaxdiff.ema import load_snapshots, power_init, power_update
+from flaxdiff.losses import LearnedUncertainty, edm_weight
+from flaxdiff.models import SimpleUNet
 from flaxdiff.predictors import KarrasEDMPredictor, VPredictor, X0Predictor
 from flaxdiff.samplers import EulerSampler
 from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseScheduler, LinearNoiseSchedule
@@ -257,6 +259,132 @@ def test_any_name(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"] and (tmp_path / "run" / "2").is_dir()
 
 
+# Options
+
+def ends_of(*several, steps=4, **kwargs):
+    "The trainers of these options after the same steps."
+    trainers = [make(**{**kwargs, **options}) for options in several]
+    for trainer in trainers: fit(trainer, iter([pictures(8, seed=i) for i in range(steps)]), steps)
+    return trainers
+
+
+def test_parts_and_dispatches_change_nothing():
+    "A batch in parts, and several updates in one call: the same run, up to the rounding of float32 sums."
+    whole, parts, several = ends_of({}, dict(accumulate=4), dict(steps_per_dispatch=2), optimizer=optax.sgd(0.1), flip=True)
+    for other in (parts, several):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), (other.state.params, other.losses), (whole.state.params, whole.losses))
+        assert int(other.state.step) == 4 and len(other.losses) == 4
+    with pytest.raises(ValueError, match="in 3 parts"): make(accumulate=3).train_step(pictures(8))
+
+
+def test_dispatches_end_where_something_is_due(tmp_path):
+    "Three at a time, but checkpoints after 4 and 8: a resumed run cuts its steps as the whole one did, so it has the same bits."
+    data = lambda: get_dataset("digits", batch_size=8)[0]
+    options = dict(steps_per_dispatch=3, checkpoint_every=4)
+    whole = make(**options, checkpoint_dir=tmp_path / "whole")
+    fit(whole, data(), 10)
+    fit(make(**options, checkpoint_dir=tmp_path / "cut"), data(), 4)
+    again, rest = make(**options, checkpoint_dir=tmp_path / "cut"), data()
+    again.initialize(next(data()))
+    assert again.restore(rest) == 4
+    fit(again, rest, 6)
+    same_bits((again.state, again.losses), (whole.state, whole.losses))
+    assert sorted(int(p.name) for p in (tmp_path / "whole").iterdir() if p.name.isdigit()) == [4, 8, 10]
+
+
+def test_a_bad_update_is_skipped_and_counted():
+    "One batch whose gradient is no number: nothing is learned from it, nothing else is lost, and training goes on."
+    class Brittle(Zero):
+        def init(self, key, x, temb): return {"w": jnp.ones(())}
+        def apply(self, params, x, temb): return jnp.where(jnp.max(x) > 100, jnp.nan, 1) * params["w"] * x  # a bright batch at almost no noise
+    low = dict(model=Brittle(), optimizer=optax.adam(0.1), time_density=lambda key, n: jnp.zeros(n), noise_schedule=EDMNoiseScheduler(sigma_data=1e-3), model_output_transform=KarrasEDMPredictor(1e-3))
+    bright, dark = np.full((8, 6, 6, 1), 0.9, np.float32), pictures() * 0
+    trainer = make(**low)
+    fit(trainer, iter([dark, dark]), 2)
+    before = trainer.state
+    fit(trainer, iter([bright, bright]), 2)
+    after = trainer.state
+    same_bits([getattr(before, n) for n in ("params", "ema_params", "opt_state")], [getattr(after, n) for n in ("params", "ema_params", "opt_state")])
+    assert (int(after.step), int(after.skipped), int(after.in_a_row)) == (4, 2, 2) and np.isnan(trainer.losses[2:]).all()
+    fit(trainer, iter([dark]), 1)
+    assert int(trainer.state.in_a_row) == 0 and differs(trainer.state.params, after.params) and trainer.history[-1]["skipped"] == 0
+    impatient = make(**low, max_skipped=3)
+    fit(impatient, stream(dark), 5)
+    with pytest.raises(TrainingDiverged, match="step 8"): fit(impatient, stream(bright), 50)
+
+
+def test_levels_and_history():
+    "Where the loss comes from: the sums over the bins are the sums over the batch; a row of numbers every so often."
+    trainer, rows = make(), []
+    trainer.fit(stream(pictures(64)), 6, progress=False, report_every=3, on_report=rows.append)
+    assert rows == trainer.history and [r["step"] for r in rows] == [3, 6] and all(r["gradient"] > 0 and r["images_per_second"] > 0 for r in rows)
+    assert rows[1]["loss"] == pytest.approx(np.mean(trainer.losses[3:]))
+    fade = 0.9 ** (3 / 100)
+    assert trainer.levels[1].sum() == pytest.approx(3 * 64 * (1 + fade))
+    assert trainer.levels[0].sum() == pytest.approx(64 * (fade * sum(trainer.losses[:3]) + sum(trainer.losses[3:])), rel=1e-5)
+
+
+def test_learned_uncertainty_follows_the_loss():
+    "At one level u goes to the log of the loss there; the network's own parameters go straight to `apply` as ever."
+    trainer = make(model=Zero(), uncertainty=LearnedUncertainty(), optimizer=optax.adam(0.05), time_density=lambda key, n: jnp.full(n, 0.5))
+    fit(trainer, stream(pictures(64)), 300)
+    u = trainer.uncertainty.apply(trainer.state.uncertainty, EDMNoiseScheduler().network_time(jnp.array([0.5])))
+    assert abs(float(u[0]) - np.log(np.mean(trainer.losses[-100:]))) < 0.05
+    assert set(trainer.state.params) == {"w"}
+
+
+def test_profiles_are_tracked_and_stored(tmp_path):
+    trainer = make(ema_profiles=(0.1, 0.2), checkpoint_dir=tmp_path / "run", checkpoint_every=2)
+    emas = None
+    for i in range(4):
+        fit(trainer, stream(pictures(seed=i)), 1)
+        state = trainer.state
+        emas = power_update(power_init(state.params, (0.1, 0.2)) if emas is None else emas, state.params, i, (0.1, 0.2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.profiles, emas)
+    snapshots = list(load_snapshots(tmp_path / "run" / "ema", state.params))
+    assert [s.step for s in snapshots] == [1, 2, 3, 4]
+
+
+def test_augmented_images_are_shown_with_their_labels():
+    "The network hears what was done to each image, and nothing where nothing was done."
+    class Hears(Spy):
+        def apply(self, params, x, temb, augment=None):
+            jax.debug.callback(lambda x, a: (self.x.append(np.asarray(x)), self.text.append(np.asarray(a))), x, augment)
+            return params["w"] * x
+        def init(self, key, x, temb, augment): return {"w": jnp.zeros(())}
+    spy = Hears()
+    trainer = make(model=spy, augment=0.3, noise_schedule=EDMNoiseScheduler(sigma_min=1e-4), time_density=lambda key, n: jnp.zeros(n))
+    images = pictures(32)
+    fit(trainer, stream(images), 2)
+    jax.effects_barrier()
+    seen, labels = spy.x[0] * np.hypot(1e-4, 0.5), spy.text[0]
+    untouched = np.all(labels == 0, 1)
+    same = np.abs(seen - images).max((1, 2, 3)) < 0.01
+    assert labels.shape == (32, 9) and np.array_equal(untouched, same) and 0 < untouched.sum() < 32 and np.any(spy.text[0] != spy.text[1])
+
+
+def test_bfloat16_work_keeps_float32_masters():
+    "Parameters, averages, Adam's memory and loss stay float32; the work does not."
+    model = SimpleUNet(1, 16, (8,), None, 1, norm_groups=4, dtype=jnp.bfloat16)
+    trainer = make(model=model)
+    fit(trainer, stream(pictures(8, 8)), 2)
+    assert {str(v.dtype) for v in jax.tree.leaves((trainer.state.params, trainer.state.ema_params, trainer.state.opt_state))} <= {"float32", "int32"}
+    program = str(jax.make_jaxpr(lambda p, x: model.apply(p, x, jnp.zeros(8)))(trainer.state.params, jnp.ones((8, 8, 8, 1))))
+    assert "bf16" in program and np.isfinite(trainer.losses).all()
+
+
+def test_the_state_is_a_copy_and_its_memory_is_used_again():
+    "Donated buffers: the compiled step aliases the state, yet a state once taken stays."
+    trainer = make()
+    fit(trainer, stream(pictures()), 1)
+    kept = trainer.state
+    numbers = jax.tree.map(np.array, kept)
+    fit(trainer, stream(pictures()), 2)
+    same_bits(kept, numbers)
+    lowered = trainer._parallel._run.lower(trainer._state, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (pictures()[None], ()))
+    assert lowered.compile().memory_analysis().alias_size_in_bytes > 0.9 * sum(v.nbytes for v in jax.tree.leaves(kept))
+
+
 # What must not pass
 
 def test_bad_batches_are_refused():
@@ -294,7 +422,9 @@ def test_divergence_is_an_error_and_keeps_the_last_good_parameters(optimizer, ra
     assert isinstance(error.value, FloatingPointError)
     state = trainer.state
     for tree in (state.params, state.ema_params, state.opt_state): assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves(tree))
-    assert np.all(np.isfinite(trainer.losses)) and int(state.step) == len(trainer.losses)
+    assert int(state.step) == len(trainer.losses) == int(state.skipped) + np.isfinite(trainer.losses).sum()
+    assert not np.isfinite(trainer.losses[-10:]).any() and int(state.in_a_row) == 0, "ten in a row; another fit may try again"
+    assert f"step {len(trainer.losses)}" in str(error.value) and "Loss by noise level" in str(error.value)
 
 
 def test_bad_arguments_are_refused():

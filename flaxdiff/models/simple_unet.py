@@ -181,7 +181,7 @@ def freeze(
     if isinstance(value, Mapping): return FrozenDict({k: freeze(v) for k, v in value.items()})
     return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
 
-# %% ../../nbs/20_unet.ipynb #2a295365
+# %% ../../nbs/20_unet.ipynb #6baf1526
 class UNetShape(nn.Module):
     "The sizes of a UNet, checked and frozen."
     output_channels: int = 3  # channels of the output
@@ -192,6 +192,7 @@ class UNetShape(nn.Module):
     num_middle_res_blocks: int = 1  # residual blocks on each side of the middle's attention
     norm_groups: int = 32  # groups of each GroupNorm, at most
     dtype: Any = None  # of the computation, e.g. jnp.bfloat16; parameters stay float32
+    remat: bool = False  # work through each block again on the way back instead of keeping what is inside it: less memory, more time
 
     def __post_init__(self):
         for name in ("feature_depths", "attention_configs"): object.__setattr__(self, name, freeze(getattr(self, name) or ()))
@@ -243,9 +244,13 @@ class _UNetDown(UNetShape):
         for _ in range(self.num_middle_res_blocks): h = block(h, self.feature_depths[-1])
         return h
 
-# %% ../../nbs/20_unet.ipynb #b205c349
+# %% ../../nbs/20_unet.ipynb #a79ad0a1
 class _UNetUp(_UNetDown):
     "The way up."
+    def _kind(self, block):
+        "The class of a block, of the same name and parameters where it is worked through again on the way back."
+        return type(block.__name__, (nn.remat(block),), {}) if self.remat else block
+
     def _up(self, h, skips, block, look):
         "Back to the finest level; every block reads one skip, the last made first."
         levels = list(enumerate(zip(self.feature_depths, self._configs())))
@@ -272,7 +277,7 @@ def check_unet_inputs(
     if not any(c is not None for c in unet.attention_configs):
         raise ValueError("textcontext needs attention to be read by, got a UNet whose attention_configs have none")
 
-# %% ../../nbs/20_unet.ipynb #06844c45
+# %% ../../nbs/20_unet.ipynb #516cf2c1
 class SimpleUNet(_UNetUp):
     "Down through the resolutions and up again, with a skip at every block (Ronneberger et al. 2015; Ho et al. 2020)."
     @nn.compact
@@ -280,17 +285,18 @@ class SimpleUNet(_UNetUp):
                  x,  # (B, H, W, C): noisy images, already input-scaled
                  temb,  # (B,): the conditioning time
                  textcontext=None,  # (B, M, E): text features for cross-attention
+                 augment=None,  # (B, 9): what was done to each image in training; none (zeros) in sampling
                 ):
         "The output F, (B, H, W, output_channels), float32 or better."
         check_unet_inputs(self, x, temb, textcontext)
-        rest = dict(norm_groups=self.norm_groups, dtype=self.dtype)
+        rest, (Block, Look) = dict(norm_groups=self.norm_groups, dtype=self.dtype), (self._kind(c) for c in (ResidualBlock, AttentionBlock))
         emb = TimeEmbedding(self.emb_features, self.dtype)(temb)
-        block = lambda h, depth: ResidualBlock(depth, **rest)(h, emb)
-        look = lambda h, config: h if config is None else AttentionBlock(**config, **rest)(h, textcontext)
+        if augment is not None: emb = emb + nn.Dense(self.emb_features, use_bias=False, dtype=self.dtype, name="augment")(augment)
+        block = lambda h, depth: Block(depth, **rest)(h, emb)
+        look = lambda h, config: h if config is None else Look(**config, **rest)(h, textcontext)
         h = nn.Conv(self.feature_depths[0], (3, 3), dtype=self.dtype)(x)
         h, skips = self._down(h, block, look)
-        h = self._middle(h, block, look)
-        h = self._up(h, skips, block, look)
+        h = self._up(self._middle(h, block, look), skips, block, look)
         h = nn.swish(group_norm(h.shape[-1], self.norm_groups, self.dtype)(h))
         return nn.Conv(self.output_channels, (3, 3), dtype=jnp.promote_types(x.dtype, jnp.float32))(h)
 

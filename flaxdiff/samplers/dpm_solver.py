@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .multistep import MultistepSampler, integrate
 
-# %% ../../nbs/15_dpm_solver.ipynb #191ed420
+# %% ../../nbs/15_dpm_solver.ipynb #5a724713
 class ExponentialSampler(MultistepSampler):
     "In λ = log(α/σ), for f = x̂₀: x_s = (σ_s/σ_t) x_t + α_s ∫ e^-(λ_s - λ) x̂₀ dλ (Lu et al. 2022b)."
     orders, midpoint = (1, 2, 3), True
@@ -28,7 +28,6 @@ class NoiseForm(ExponentialSampler):
     def scale(self, alpha, sigma): return -sigma
     def slope(self, x0, eps): return eps
 
-# %% ../../nbs/15_dpm_solver.ipynb #292e7fb0
 class DEISSampler(NoiseForm):
     "ε̂ as a polynomial in λ through `order` (1 to 4) past levels, integrated exactly (Zhang & Chen 2023)."
     orders, midpoint = (1, 2, 3, 4), False

@@ -58,7 +58,7 @@ def step_weights(
         w = jnp.where(known.sum(1) == 2, middle * integrate(K, start, end), w)
     return w.T
 
-# %% ../../nbs/14_multistep.ipynb #12ced408
+# %% ../../nbs/14_multistep.ipynb #72db444b
 class MultistepSampler(DiffusionSampler):
     "x_s = DDIM's step + Σ W_j (f_j - f), f_j the slopes of past steps; a subclass may choose another z, K, scale and f."
     orders, midpoint = (1, 2, 3, 4), False  # what `order` may be; see `step_weights`
@@ -70,7 +70,6 @@ class MultistepSampler(DiffusionSampler):
             raise ValueError(f"order must be one of {', '.join(map(str, self.orders))}, got {order!r}")
         self.order = int(order)
 
-# %% ../../nbs/14_multistep.ipynb #0031d992
 @patch
 def position(self: MultistepSampler,
              alpha,  # (N,)
@@ -79,6 +78,7 @@ def position(self: MultistepSampler,
     "z = σ/α."
     return sigma / alpha
 
+# %% ../../nbs/14_multistep.ipynb #09a9a080
 @patch
 def kernel(self: MultistepSampler,
            ahead,  # any shape: z_s - z
@@ -94,7 +94,6 @@ def scale(self: MultistepSampler,
     "W_j / w_j = α_s."
     return alpha
 
-# %% ../../nbs/14_multistep.ipynb #55be8513
 @patch
 def slope(self: MultistepSampler,
           x0,  # (B, …): x̂₀
@@ -124,7 +123,7 @@ def weights(self: MultistepSampler,
     scale = self.scale(self.noise_schedule.alpha(times[1:]), self.noise_schedule.sigma(times[1:]))
     return scale[:, None] * step_weights(z, ages, self.kernel, first, self.midpoint)
 
-# %% ../../nbs/14_multistep.ipynb #4c736e1a
+# %% ../../nbs/14_multistep.ipynb #7344b56d
 @patch
 def plan(self: MultistepSampler, times):
     "The weights of the past slopes, (N-1, order - 1)."
@@ -143,7 +142,6 @@ def take_next_step(self: MultistepSampler, current_samples, reconstructed_sample
     x = self.ddim_step(x0, eps, next_step) + sum(w * (g - f) for w, g in zip(state.plan["weights"], past))
     return x, state.replace(memory=jnp.concatenate([f[None], past])[:len(past)])
 
-# %% ../../nbs/14_multistep.ipynb #d04f339e
 class LMSSampler(MultistepSampler):
     "Adams–Bashforth on ε̂ in σ/α, on any grid: `order` (1 to 4) slopes, one call a step."
 
@@ -170,7 +168,7 @@ class StartedSampler(MultistepSampler):
         start = lambda: self.starter.take_next_step(*now)[0].astype(x.dtype)
         return jax.lax.cond(state.plan["start"], start, lambda: x), remembering
 
-# %% ../../nbs/14_multistep.ipynb #2bcbf015
+# %% ../../nbs/14_multistep.ipynb #c1186787
 class MultiStepDPM(StartedSampler):
     "Adams–Bashforth 3 in σ/α on any grid; the first step is Heun's, the second Adams–Bashforth 2 (order 3, N + 1 calls)."
     def __init__(self, *args,
@@ -178,7 +176,6 @@ class MultiStepDPM(StartedSampler):
                  **kwargs):
         super().__init__(*args, order=3, frame=frame, **kwargs)
 
-# %% ../../nbs/14_multistep.ipynb #07fce423
 class PLMSSampler(StartedSampler):
     "Adams–Bashforth 4 with the weights of equal steps in σ/α, (55, -59, 37, -9)/24; the first step is Heun's (N + 1 calls; Liu et al. 2022)."
     def __init__(self, *args, **kwargs): super().__init__(*args, order=4, **kwargs)

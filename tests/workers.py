@@ -1,0 +1,75 @@
+"""Runs that test_multihost.py starts in processes of their own: `python workers.py JOB`, the job as JSON; what came out lies in `out`.npz."""
+import json
+import sys
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxdiff import get_dataset
+from flaxdiff.distributed import start_hosts
+from flaxdiff.predictors import KarrasEDMPredictor
+from flaxdiff.schedulers import EDMNoiseScheduler
+from flaxdiff.trainer import DiffusionTrainer
+
+
+class Small(nn.Module):
+    "Two dense layers that hear the time, for 64 pixels."
+    dtype: object = jnp.float64
+
+    @nn.compact
+    def __call__(self, x, temb):
+        h = nn.Dense(24, param_dtype=self.dtype)(x.reshape(len(x), -1)) + nn.Dense(24, param_dtype=self.dtype)(temb[:, None].astype(x.dtype))
+        return nn.Dense(64, param_dtype=self.dtype)(jnp.tanh(h)).reshape(x.shape)
+
+
+class Digits:
+    "This host's rows of the digits' batches, in the precision wanted; it notes the first batch."
+    def __init__(self, dtype, batch): self.data, self.dtype, self.first = get_dataset("digits", batch_size=batch, seed=3)[0], dtype, None
+    def __iter__(self): return self
+    def get_state(self): return self.data.get_state()
+    def set_state(self, state): self.data.set_state(state)
+
+    def __next__(self):
+        batch = next(self.data).astype(self.dtype)
+        if self.first is None: self.first = batch
+        return batch
+
+
+def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False, **running):
+    "A dict of arrays: what `steps` updates give, on so many devices from number `first` on."
+    jax.config.update("jax_enable_x64", optimizer == "sgd")
+    dtype = np.float64 if optimizer == "sgd" else np.float32
+    rule = optax.sgd(0.05) if optimizer == "sgd" else optax.adam(1e-3)
+    if devices: running["devices"] = jax.devices()[first:first + devices]
+    trainer = DiffusionTrainer(Small(dtype), rule, EDMNoiseScheduler(), rngs=7, model_output_transform=KarrasEDMPredictor(), flip=True, **running)
+    data = Digits(dtype, batch)
+    if resume:
+        trainer.initialize(np.zeros((len(next(Digits(dtype, batch))), 8, 8, 1), dtype))
+        if trainer.restore(data) is None: raise SystemExit("nothing to resume")
+    def report(row): print("step", row["step"], flush=True)
+    state = trainer.fit(data, steps, progress=False, report_every=1, on_report=report)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    return {"params": flat(state.params), "ema": flat(state.ema_params), "opt": flat(state.opt_state) if jax.tree.leaves(state.opt_state) else np.zeros(0),
+            "losses": np.array(trainer.losses), "levels": trainer.levels, "step": np.array(int(state.step)), "preempted": np.array(trainer.preempted),
+            "rows": data.first if data.first is not None else np.zeros(0)}
+
+
+def main(out, cases, host=None):
+    "Run the named cases one after the other; `host` is what `start_hosts` is given."
+    warnings.simplefilter("error", DeprecationWarning)
+    where = start_hosts(*(host or ()))
+    assert where == ((host[2], host[1]) if host else (0, 1)), where
+    results = {}
+    for name, case in cases.items():
+        print("case", name, flush=True)
+        results |= {f"{name}/{key}": value for key, value in train(**case).items()}
+    np.savez(out, **results)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
+    print("FINISHED", flush=True)
