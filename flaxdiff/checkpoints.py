@@ -6,12 +6,13 @@
 __all__ = ['log', 'by_path', 'checksum', 'fingerprint', 'open_checkpoints', 'CheckpointError', 'finish_checkpoints',
            'save_checkpoint', 'OtherNetwork', 'load_checkpoint', 'put_aside']
 
-# %% ../nbs/23c_checkpoints.ipynb #1b41cb1b
+# %% ../nbs/23c_checkpoints.ipynb #6b94c509
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):
             except Exception: self.losses[info.step] = float("inf")
         return self.losses[info.step]
 
-# %% ../nbs/23c_checkpoints.ipynb #9019b91b
+# %% ../nbs/23c_checkpoints.ipynb #296dd573
 log = logging.getLogger("flaxdiff")
 
 def _one_line(record):
@@ -79,12 +80,22 @@ def _one_line(record):
     log.debug("orbax: %s", record.getMessage())
     return False
 
+def _no_echo(echo):
+    "A hook: after a failed read or write, TensorStore still calls back to an event loop that Orbax has closed; that is no news."
+    if echo.object is not None or "Event loop is closed" not in str(echo.exc_value): _no_echo.before(echo)
+
+def _quieten():
+    "One fault, one line: install both."
+    logging.getLogger("absl").addFilter(_one_line)
+    if sys.unraisablehook is not _no_echo: _no_echo.before, sys.unraisablehook = sys.unraisablehook, _no_echo
+
+# %% ../nbs/23c_checkpoints.ipynb #48f2d3df
 def open_checkpoints(
     folder,  # where checkpoints lie, one folder a step
     max_to_keep=3,  # so many of the latest are kept, and the one with the lowest loss; older ones are deleted
 ):
     "Orbax's manager of a folder of checkpoints; each appears whole or not at all, written while training goes on. To open changes nothing there."
-    logging.getLogger("absl").addFilter(_one_line)
+    _quieten()
     folder = Path(folder).absolute()
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(folder, max_to_keep), create=True, cleanup_tmp_directories=False, enable_async_checkpointing=True))
@@ -136,7 +147,7 @@ def _not_written(manager, error, step=None):
     then = "no earlier one is there" if good is None else f"the last good one, step {good}, is intact: {'make room, and ' * full}resume"
     return CheckpointError(f"checkpoint {which} could not be written to {manager.directory} ({free / 2 ** 20:.1f} MiB are free there): {why}; {then}")
 
-# %% ../nbs/23c_checkpoints.ipynb #21977a1c
+# %% ../nbs/23c_checkpoints.ipynb #a9e0a559
 class OtherNetwork(ValueError):
     "The checkpoint is sound, but of another network or optimizer."
 
@@ -146,6 +157,8 @@ def load_checkpoint(
 ):
     "(step, state, record) of the newest checkpoint that is whole; a damaged one is named and passed over. None where there is none."
     damaged = []
+    finish_checkpoints(manager)
+    manager.reload()  # others may have written since
     for step in sorted(manager.all_steps(), reverse=True):
         try: return step, *_read(manager, step, like)
         except OtherNetwork: raise

@@ -79,6 +79,7 @@ def test_bad_requests_are_refused(fitted):
     with pytest.raises(ValueError, match="start_step"): fitted.make_steps(N, start_step=900)
     for other in (fitted.steps[:-1], np.linspace(1, 0, N)):  # as many levels, but not those
         with pytest.raises(ValueError, match="levels of the fit"): fitted.sample(noise(0, 2), other)
+    with pytest.raises(ValueError, match="only leads down"): fitted.encode(noise(0, 2), fitted.steps)
     pure = ZERO_SNR["CosineNoiseSchedule-zero-snr"]
     with pytest.raises(ValueError, match="noise_schedule"):
         exact_sampler(FewStepSampler, pure, PREDICTORS["VPredictor"], ELLIPSE).fit(noise(0, 4), 4, progress=False)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DDIMSampler', 'EulerAncestralSampler']
 
-# %% ../../nbs/07_ddim.ipynb #7b22a1e2
+# %% ../../nbs/07_ddim.ipynb #b2316b88
 import jax
 import jax.numpy as jnp
 from fastcore.basics import patch
 
 from .common import DiffusionSampler
+from ..utils import NoRandomKey
 
 # %% ../../nbs/07_ddim.ipynb #79b89983
 class DDIMSampler(DiffusionSampler):
@@ -40,7 +41,7 @@ class EulerAncestralSampler(DDIMSampler):
                  **kwargs):
         super().__init__(*args, eta=eta, **kwargs)
 
-# %% ../../nbs/07_ddim.ipynb #19b0c277
+# %% ../../nbs/07_ddim.ipynb #0798290f
 @patch
 def encode(self: DiffusionSampler,
            x,  # (B, …): samples at time steps[-1]
@@ -51,9 +52,5 @@ def encode(self: DiffusionSampler,
     x, steps, T = jnp.asarray(x), self._check_steps(steps), type(self).__name__
     if not jnp.issubdtype(x.dtype, jnp.floating): raise ValueError(f"x must be floating point, (B, …), got {x.dtype}")
     if self.noise_schedule.alpha(steps[0]) == 0: raise ValueError(f"steps must start where α > 0, got {steps[0]:g}: no signal is left there to come back from")
-    refusal = f"eta must be 0, and no other option stochastic, to encode: {T} draws fresh noise, which cannot be found again"
-    if getattr(self, "eta", 0) or getattr(self, "stochastic", False): raise ValueError(refusal)
     try: return self._run(self.params, x, jnp.asarray(steps[::-1]), None, tuple(conditioning), denoise_final=False)  # without a key
-    except TypeError as e:
-        if "PRNG key" in str(e): raise ValueError(refusal) from None
-        raise
+    except NoRandomKey: raise ValueError(f"eta must be 0, and no other option stochastic, to encode: {T} draws fresh noise, which cannot be found again") from None

@@ -59,6 +59,13 @@ def make_steps(self: FewStepSampler, diffusion_steps=50, start_step=1000, end_st
     if grid is not None or (start_step, end_step) != (1000, 0): raise ValueError("start_step, end_step and grid must be left at their defaults: the fit has found the levels")
     return self.steps
 
+# %% ../../nbs/17_few_steps.ipynb #f2f96e1f
+@patch
+def encode(self: FewStepSampler, x, steps, conditioning=()):
+    "Upwards the learned weights mean nothing: refused after a fit."
+    if self.corrections is not None: raise ValueError("a fitted FewStepSampler only leads down; encode with DDIMSampler, or with one that was not fitted")
+    return super(FewStepSampler, self).encode(x, steps, conditioning)
+
 # %% ../../nbs/17_few_steps.ipynb #fe273bad
 @patch
 def _begin(self: FewStepSampler, grid, n, knots):

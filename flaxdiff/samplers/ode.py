@@ -22,7 +22,7 @@ class EulerSampler(DiffusionSampler):
         "y_s = y_t + (u_s - u_t) ε̂, which is x_s = α_s x̂₀ + σ_s ε̂."
         return self.ddim_step(reconstructed_samples, pred_noise, next_step), state
 
-# %% ../../nbs/09_ode.ipynb #24a09c32
+# %% ../../nbs/09_ode.ipynb #e1ad49cb
 class SigmaFrame:
     "y = x/α against z = σ/α: dy/dz = ε̂ (Song et al. 2021a, eq. 14; EDM's own frame where α ≡ 1)."
     def __init__(self,
@@ -38,7 +38,6 @@ class SigmaFrame:
         "z = σ(t)/α(t)."
         return self.noise_schedule.sigma(t) / self.noise_schedule.alpha(t)
 
-# %% ../../nbs/09_ode.ipynb #6c369866
 @patch
 def slope(self: SigmaFrame,
           x0,  # (B, …): x̂₀
@@ -48,6 +47,7 @@ def slope(self: SigmaFrame,
     "dy/dz = ε̂."
     return eps
 
+# %% ../../nbs/09_ode.ipynb #a3c1b8ec
 @patch
 def time(self: SigmaFrame,
          z,  # scalar or (B,): positions
@@ -55,7 +55,6 @@ def time(self: SigmaFrame,
     "The time t of position z."
     return self.noise_schedule.get_timesteps(z)
 
-# %% ../../nbs/09_ode.ipynb #4a904040
 FRAMES = {"sigma": SigmaFrame}  # by name; more are added where they are derived
 
 def make_frame(
