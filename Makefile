@@ -2,6 +2,7 @@
 # make test    every test but the slow ones
 # make slow    the slow ones: every chapter executed, the site in a browser, every solver at every N
 # make parity  the samplers beside diffusers and k-diffusion; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
+# make bench   how fast: sampling, data, training
 # make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
 # make prepare before a commit: clean, export, run every chapter, README, test
 # Each sets up what it needs in .venv; Python 3.11 or later, git and make are all it asks for.
@@ -59,6 +60,8 @@ prepare: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python tests/bench_sampling.py
+	$(BIN)/python tests/bench_data.py
+	$(BIN)/python tests/bench_train.py --parts
 
 clean:
 	rm -rf _docs _proc runs demo.png dist build *.egg-info

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-# %% ../nbs/23c_checkpoints.ipynb #739613c1
+# %% ../nbs/23c_checkpoints.ipynb #36667af8
 def by_path(
     tree,  # of arrays
     f,  # of an array
@@ -43,18 +43,18 @@ def fingerprint(
     leaves = sorted(by_path(params, lambda x: np.ascontiguousarray(x).tobytes()).items())
     return hashlib.sha256(b"".join(data for _, data in leaves)).hexdigest()
 
-# %% ../nbs/23c_checkpoints.ipynb #d0d50d5b
+def _kind(x): return f"{x.dtype}{list(np.shape(x))}"
+
+# %% ../nbs/23c_checkpoints.ipynb #827cfbfb
 def _seal(record):
     "What JSON can hold, as a text with its own CRC-32."
-    text = json.dumps(record)
-    return {"record": text, "crc32": zlib.crc32(text.encode())}
+    return {"record": (text := json.dumps(record)), "crc32": zlib.crc32(text.encode())}
 
 def _unseal(sealed):
     "The record again, or an error where a byte of it is not what was written."
     if zlib.crc32(sealed["record"].encode()) != sealed["crc32"]: raise ValueError("the record is not what was written")
     return json.loads(sealed["record"])
 
-# %% ../nbs/23c_checkpoints.ipynb #fc35432b
 class _LatestAndBest(preservation_policy.PreservationPolicy):
     "Which checkpoints are kept: the n latest, and the one with the lowest loss."
     def __init__(self, folder, n): self.folder, self.n, self.losses = folder, n, {}
@@ -71,25 +71,21 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):
             except Exception: self.losses[info.step] = float("inf")
         return self.losses[info.step]
 
-# %% ../nbs/23c_checkpoints.ipynb #296dd573
+# %% ../nbs/23c_checkpoints.ipynb #a859877e
 log = logging.getLogger("flaxdiff")
-
 def _one_line(record):
     "A filter: what Orbax logs, pages for one fault, goes to level DEBUG of our log; what matters of it we raise or say ourselves."
-    if f"{os.sep}orbax{os.sep}" not in record.pathname: return True
+    if f"{os.sep}orbax{os.sep}" not in record.pathname and "tensorstore" not in record.getMessage(): return True
     log.debug("orbax: %s", record.getMessage())
     return False
-
 def _no_echo(echo):
     "A hook: after a failed read or write, TensorStore still calls back to an event loop that Orbax has closed; that is no news."
     if echo.object is not None or "Event loop is closed" not in str(echo.exc_value): _no_echo.before(echo)
-
 def _quieten():
     "One fault, one line: install both."
-    logging.getLogger("absl").addFilter(_one_line)
+    for name in ("absl", "asyncio"): logging.getLogger(name).addFilter(_one_line)
     if sys.unraisablehook is not _no_echo: _no_echo.before, sys.unraisablehook = sys.unraisablehook, _no_echo
 
-# %% ../nbs/23c_checkpoints.ipynb #48f2d3df
 def open_checkpoints(
     folder,  # where checkpoints lie, one folder a step
     max_to_keep=3,  # so many of the latest are kept, and the one with the lowest loss; older ones are deleted
@@ -100,7 +96,7 @@ def open_checkpoints(
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(folder, max_to_keep), create=True, cleanup_tmp_directories=False, enable_async_checkpointing=True))
 
-# %% ../nbs/23c_checkpoints.ipynb #f46134b3
+# %% ../nbs/23c_checkpoints.ipynb #237470d1
 class CheckpointError(RuntimeError):
     "A checkpoint could not be written, or none of those there can be read."
 
@@ -110,27 +106,6 @@ def finish_checkpoints(
     "Wait until what was begun is written; `CheckpointError` where it could not be."
     try: manager.wait_until_finished()
     except Exception as e: raise _not_written(manager, e) from e
-
-# %% ../nbs/23c_checkpoints.ipynb #a00b7787
-def save_checkpoint(
-    manager,  # of `open_checkpoints`
-    step,  # updates made
-    state,  # a tree of arrays
-    record,  # what else must not be lost, as JSON can hold it
-    loss=float("inf"),  # the lowest is kept longest
-):
-    "Begin to write; training may go on at once. `CheckpointError` where this or the last one could not be written."
-    finish_checkpoints(manager)
-    loss = float(loss) if np.isfinite(loss) else float("inf")
-    state = jax.tree.map(np.array, jax.device_get(state))  # a copy: the devices use the memory again
-    record = {**record, "loss": loss, "kinds": by_path(state, _kind), "checksums": by_path(state, checksum)}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(_seal(record)))
-    if jax.process_index() == 0: _clear_halves(manager)  # of a run that was killed
-    try: manager.save(step, args=args, metrics={"loss": loss}, force=True)
-    except Exception as e: raise _not_written(manager, e, step) from e
-
-# %% ../nbs/23c_checkpoints.ipynb #838535e3
-def _kind(x): return f"{x.dtype}{list(np.shape(x))}"
 
 def _clear_halves(manager):
     "Delete what was begun and never finished; returns the steps."
@@ -146,6 +121,24 @@ def _not_written(manager, error, step=None):
     why = "no space left on the device" if full else "".join(str(error).splitlines()[:1])[:300] or type(error).__name__
     then = "no earlier one is there" if good is None else f"the last good one, step {good}, is intact: {'make room, and ' * full}resume"
     return CheckpointError(f"checkpoint {which} could not be written to {manager.directory} ({free / 2 ** 20:.1f} MiB are free there): {why}; {then}")
+
+# %% ../nbs/23c_checkpoints.ipynb #8e07fd1a
+def save_checkpoint(
+    manager,  # of `open_checkpoints`
+    step,  # updates made
+    state,  # a tree of arrays
+    record,  # what else must not be lost, as JSON can hold it
+    loss=float("inf"),  # the lowest is kept longest
+):
+    "Begin to write; training may go on at once. `CheckpointError` where this or the last one could not be written."
+    finish_checkpoints(manager)
+    loss = float(loss) if np.isfinite(loss) else float("inf")
+    state = jax.tree.map(np.asarray, jax.device_get(state))  # Orbax copies it before its thread writes
+    record = {**record, "loss": loss, "kinds": by_path(state, _kind), "checksums": by_path(state, checksum)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(_seal(record)))
+    if jax.process_index() == 0: _clear_halves(manager)  # of a run that was killed
+    try: manager.save(step, args=args, metrics={"loss": loss}, force=True)
+    except Exception as e: raise _not_written(manager, e, step) from e
 
 # %% ../nbs/23c_checkpoints.ipynb #a9e0a559
 class OtherNetwork(ValueError):

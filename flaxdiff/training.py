@@ -208,7 +208,7 @@ def save_grid(
     if grid.shape[-1] == 1: grid = np.repeat(grid, 3, -1)
     write_whole(path, lambda p: plt.imsave(p, grid, format="png"))
 
-# %% ../nbs/27_train.ipynb #46b2fd61
+# %% ../nbs/27_train.ipynb #1f330fe7
 class RunRecord:
     "What a run shows while it goes on: metrics.csv, TensorBoard's files, Weights & Biases, and pictures."
     def __init__(self,
@@ -222,13 +222,18 @@ class RunRecord:
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=done + 1, write_to_disk=config.tensorboard)
         self.wandb = _start_wandb(config, self.out) if config.wandb else None
 
-    def __call__(self, row):  # row: a new one of the trainer's `history`
-        with (self.out / "metrics.csv").open("a") as f: f.write(",".join(map(str, row.values())) + "\n")
-        numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
-        for name, value in numbers.items(): self.board.add_scalar(name, value, row["step"])
-        if self.wandb: self.wandb.log(numbers, step=row["step"])
-        every, before = self.config.sample_every, self.trainer.history[-2]["step"] if len(self.trainer.history) > 1 else 0
-        if row["step"] // every > before // every: self.draw(row["step"])
+# %% ../nbs/27_train.ipynb #1b6fc937
+@patch
+def __call__(self: RunRecord,
+             row,  # a new one of the trainer's `history`
+            ):
+    "Write it down, everywhere; and a picture, where one is due."
+    with (self.out / "metrics.csv").open("a") as f: f.write(",".join(map(str, row.values())) + "\n")
+    numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+    for name, value in numbers.items(): self.board.add_scalar(name, value, row["step"])
+    if self.wandb: self.wandb.log(numbers, step=row["step"])
+    every, before = self.config.sample_every, self.trainer.history[-2]["step"] if len(self.trainer.history) > 1 else 0
+    if row["step"] // every > before // every: self.draw(row["step"])
 
 # %% ../nbs/27_train.ipynb #9e362af5
 @patch
@@ -339,7 +344,7 @@ def train_parser():
             if f.name in vars(part)["__annotations__"]: _add_flag(group, f, texts[f.name] or "")
     return parser
 
-# %% ../nbs/27_train.ipynb #da1cb79e
+# %% ../nbs/27_train.ipynb #4e9627aa
 def load_run(
     run,  # the folder of a run
 ):
@@ -350,6 +355,7 @@ def load_run(
     if trainer.restore() is None: raise ValueError(f"RUN must hold a checkpoint, {run} has none yet; train it first")
     return trainer
 
+# %% ../nbs/27_train.ipynb #146db8f7
 def read_settings(
     path,  # a .json or .toml file
 ):

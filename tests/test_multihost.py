@@ -230,19 +230,23 @@ def test_start_hosts_refuses():
     for given, words in ((("a:1", None, None), "belong together"), ((None, 2, None), "belong together"), ((None, None, 0), "belong together"), (("a:1", 2, None), "belong together"),
                          (("a:1", 0, 0), "processes"), (("a:1", 2.0, 0), "processes"), (("a:1", 2, 2), "process must"), (("a:1", 2, -1), "process must"),
                          (("a:1", 2, "0"), "process must"), (("a:1", 2, True), "process must"), (("a", 2, 0), "coordinator must"), (("a:b", 2, 0), "coordinator must"),
-                         ((1234, 2, 0), "coordinator must")):
+                         ((1234, 2, 0), "coordinator must"), (("auto", 2, 0), "coordinator must"), (("auto", 2, None), "belong together")):
         with pytest.raises(ValueError, match=words): start_hosts(*given)
 
 
+CLUSTERS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
+
+
 def test_start_hosts_alone_does_nothing(monkeypatch):
-    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    for name in CLUSTERS: monkeypatch.delenv(name, raising=False)
     assert start_hosts() == (0, 1)
 
 
 def test_start_hosts_too_late():
     "Once a device was used there is no joining."
     jax.devices()
-    with pytest.raises(RuntimeError, match="before"): start_hosts("localhost:1", 1, 0)
+    for given in (("localhost:1", 1, 0), ("auto",)):
+        with pytest.raises(RuntimeError, match="before"): start_hosts(*given)
 
 
 @pytest.mark.parametrize("environment, several", [
@@ -250,7 +254,7 @@ def test_start_hosts_too_late():
     ({"SLURM_NTASKS": "4"}, False), ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, True), ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"OMPI_COMM_WORLD_SIZE": "x"}, False)], ids=str)
 def test_which_environments_are_clusters(monkeypatch, environment, several):
-    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    for name in CLUSTERS: monkeypatch.delenv(name, raising=False)
     for name, value in environment.items(): monkeypatch.setenv(name, value)
     assert _in_a_cluster() is several
 
@@ -268,7 +272,7 @@ def test_several_steps_are_steps():
     step = lambda state, key, index, batch: (state * 2 + batch.sum() + key, {"state": state})
     batches, index = np.arange(6.0).reshape(3, 2), np.zeros((3, 2), int)
     for K in (1, 3):
-        state, metrics = several_steps(step)(1.0, 0.5, index[:K], batches[:K])
+        state, metrics = several_steps(step)(np.float32(1), np.float32(0.5), index[:K], batches.astype(np.float32)[:K])
         by_hand, seen = 1.0, []
         for batch in batches[:K]:
             seen.append(by_hand)
@@ -281,10 +285,10 @@ def ring(values):
     n = len(values)
     parts, sent = [np.array_split(np.array(v, float), n) for v in values], [0] * n
     for turn in range(2 * (n - 1)):
-        moves = [(i, (i - turn + (turn >= n - 1) * n) % n if turn < n - 1 else (i + 1 - (turn - n + 1)) % n) for i in range(n)]
-        data = [parts[i][k].copy() for i, k in moves]
-        for (i, k), x in zip(moves, data):
-            parts[(i + 1) % n][k] = parts[(i + 1) % n][k] + x if turn < n - 1 else x
+        data = [parts[i][(i - turn) % n].copy() for i in range(n)]
+        for i, x in enumerate(data):
+            k, after = (i - turn) % n, parts[(i + 1) % n]
+            after[k] = after[k] + x if turn < n - 1 else x
             sent[i] += len(x)
     return [np.concatenate(p) for p in parts], sent
 

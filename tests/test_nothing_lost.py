@@ -87,16 +87,13 @@ def command(log, words):
     train_main(words)
 
 
-def test_killed_while_it_writes_and_at_any_moment(whole, tmp_path):
-    "kill -9 twice, then --resume: the same losses and the same fingerprints; the half-written checkpoint hinders nothing."
+def test_killed_while_it_writes(whole, tmp_path):
+    "kill -9 while half a checkpoint lies there, then --resume: the same losses and the same fingerprints; the half hinders nothing."
     out = tmp_path / "run"
     for attempt in range(5):
         shutil.rmtree(out, ignore_errors=True)
         if Process(out).kill_in_a_write(): break
-    assert halves(out / "checkpoints"), "killed while half a checkpoint lay there"
-    at_most = max(kept(out / "checkpoints"), default=0) + 5
-    again = Process(out, "--resume")
-    assert again.until(lambda: any(step > at_most for step in kept(out / "checkpoints"))) is False or again.kill() == -signal.SIGKILL
+    assert halves(out / "checkpoints")
     last = Process(out, "--resume")
     assert last.wait() == 0, last.log.read_text()
     assert bits(out) == bits(whole) and not halves(out / "checkpoints") and kept(out / "checkpoints") == kept(whole / "checkpoints")
@@ -106,14 +103,13 @@ def test_killed_while_it_writes_and_at_any_moment(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_again_and_again_at_random(whole, tmp_path, seed):
-    "At moments drawn at random, from its first millisecond on, until it gets through."
+    "At moments drawn at random from its first on, some in the middle of a write, until it is left alone."
     rng, out, kills = np.random.default_rng(seed), tmp_path / "run", 0
-    for longest in [8.0] * 6 + [300.0]:
-        process, end = Process(out, "--resume"), time.monotonic() + rng.uniform(0, longest)
-        if not process.until(lambda: time.monotonic() > end) or longest == 300: break
-        if rng.random() < 0.5 and kept(out / "checkpoints") if (out / "checkpoints").exists() else False: process.kill_in_a_write()
-        else: process.kill()
-        kills += 1
+    for _ in range(6):
+        process, end = Process(out, "--resume"), time.monotonic() + rng.uniform(0, 8)
+        if not process.until(lambda: time.monotonic() > end): break
+        kills += process.kill_in_a_write() if rng.random() < 0.4 else process.kill() == -signal.SIGKILL
+    process = Process(out, "--resume")
     assert process.wait() == 0, process.log.read_text()
     assert kills and bits(out) == bits(whole)
 
@@ -135,7 +131,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole, tmp_path):
 
 def test_sigterm_loses_no_update(tmp_path):
     "The checkpoint is of the update that was being made, wherever that was; the handler that was there before is there again."
-    before, seen = signal.getsignal(signal.SIGTERM), []
+    before = signal.getsignal(signal.SIGTERM)
     def data():
         for i in range(100):
             if i == 7: os.kill(os.getpid(), signal.SIGTERM)
@@ -143,7 +139,7 @@ def test_sigterm_loses_no_update(tmp_path):
     trainer = make(checkpoint_dir=tmp_path / "c", checkpoint_every=5)
     fit(trainer, data(), 50)
     assert trainer.preempted and kept(tmp_path / "c") == [5, 8] and int(trainer.state.step) == 8 == len(trainer.losses)
-    assert signal.getsignal(signal.SIGTERM) is before and not seen
+    assert signal.getsignal(signal.SIGTERM) is before and not trainer.checkpoints.is_saving_in_progress()
 
 
 # ---------------------------------------------------------------- damage
@@ -207,6 +203,7 @@ def read_after(folder, tmp_path, damage):
     return step
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_file_damaged_in_turn_is_noticed_or_does_not_matter(two, tmp_path, damage, caplog):
     "Orbax keeps some files that it does not read again; whatever is loaded is bit for bit what was saved, record and all."
@@ -215,6 +212,7 @@ def test_every_file_damaged_in_turn_is_noticed_or_does_not_matter(two, tmp_path,
     assert len(passed) == list(got.values()).count(1) >= (1 if damage.startswith("bit") else 3)
     assert all(line.startswith("checkpoint 2 in ") and "damaged" in line for line in passed)
     assert got[Path("extra/metadata")] == 1
+    assert not [r for r in caplog.records if r.name in ("absl", "asyncio") and r.levelno >= logging.WARNING], "one fault, one line"
 
 
 @pytest.mark.slow
@@ -283,6 +281,7 @@ def free(folder): return shutil.disk_usage(folder).free // 1024
 def size_of(folder): return sum(-(-p.stat().st_size // 4096) * 4 for p in folder.rglob("*") if p.is_file())  # KiB, in blocks
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(whole, tmp_path, capfd):
     "Status 1 and one line that says folder, step and what to do; the last good checkpoint loads; after making room, the same bits."
     each = size_of(whole / "checkpoints" / "15")
@@ -389,7 +388,9 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_checkpoint(tmp_path):
 
 def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path):
     "Also where the best was written by another process, and where a loss is no number."
-    losses = {1: 5.0, 2: 0.5, 3: 4.0, 4: 3.0, 5: float("nan"), 6: 2.0, 7: 1.0}
+    losses = {1: float("nan"), 2: 0.5, 3: 4.0, 4: 3.0, 5: float("nan"), 6: 2.0, 7: 1.0}
+    write_small(tmp_path / "nan", (1, 2, 3, 4, 5), {1: float("nan"), 2: 0.5, 3: 4.0, 4: 3.0, 5: 2.0})
+    assert kept(tmp_path / "nan") == [2, 3, 4, 5]
     for steps in ((1, 2, 3), (4, 5), (6, 7)): write_small(tmp_path / "c", steps, losses)
     assert kept(tmp_path / "c") == [2, 5, 6, 7]
     write_small(tmp_path / "c", (8, 9), {8: 0.4, 9: float("inf")})
@@ -399,7 +400,7 @@ def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path):
 def test_a_reader_does_not_disturb_the_writer(tmp_path):
     "To open the folder, as flaxdiff-sample does, leaves alone what another process is writing; the next writer clears what a killed one left."
     folder = write_small(tmp_path / "c")
-    half = folder / "3.orbax-checkpoint-tmp" / "state"
+    half = folder / "7.orbax-checkpoint-tmp" / "state"
     half.mkdir(parents=True)
     (half / "part").write_text("half")
     reader = open_checkpoints(folder)
@@ -412,11 +413,11 @@ def test_a_reader_does_not_disturb_the_writer(tmp_path):
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     "The arrays may change as soon as `save_checkpoint` is back: what is written is what they were."
-    manager, state = open_checkpoints(tmp_path / "c"), {"a": np.zeros((40, 1000, 100), np.float32)}
+    manager, state = open_checkpoints(tmp_path / "c"), {"a": np.full((40, 1000, 100), 2, np.float32)}
     save_checkpoint(manager, 1, state, {})
     state["a"][:] = 1
     finish_checkpoints(manager)
-    assert not load_checkpoint(manager, state)[1]["a"].any()
+    assert np.all(load_checkpoint(manager, state)[1]["a"] == 2)
 
 
 def test_a_plain_iterator_is_resumed_with_a_warning(tmp_path):

@@ -333,6 +333,18 @@ def test_learned_uncertainty_follows_the_loss():
     assert set(trainer.state.params) == {"w"}
 
 
+def test_the_optimizer_is_given_the_parameters_as_they_are():
+    "So that masks and labels by name work: here one layer is frozen."
+    frozen = lambda params: {"params": {name: jax.tree.map(lambda _: "still" if name == "Conv_0" else "moves", layer) for name, layer in params["params"].items()}}
+    trainer = make(optimizer=optax.multi_transform({"still": optax.set_to_zero(), "moves": optax.sgd(0.1)}, frozen))
+    trainer.initialize(pictures())
+    before = trainer.state.params["params"]
+    fit(trainer, stream(pictures()), 2)
+    after = trainer.state.params["params"]
+    same_bits(before["Conv_0"], after["Conv_0"])
+    assert differs(before["Conv_1"], after["Conv_1"])
+
+
 def test_profiles_are_tracked_and_stored(tmp_path):
     trainer = make(ema_profiles=(0.1, 0.2), checkpoint_dir=tmp_path / "run", checkpoint_every=2)
     emas = None

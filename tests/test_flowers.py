@@ -1,0 +1,233 @@
+"""The recipe of chapter 26: its own code, at its own sizes where shapes are enough, and run where it is small."""
+import ast
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flaxdiff.checkpoints import fingerprint
+from flaxdiff.ema import power_init
+from flaxdiff.models.simple_unet import SimpleUNet
+from flaxdiff.predictors import KarrasPredictionTransform
+from flaxdiff.schedulers import EDMNoiseScheduler
+from flaxdiff.tpu import PINS
+from flaxdiff.trainer import DiffusionTrainer, TrainState
+from flaxdiff.training import TrainConfig, load_run, make_optimizer, train_main, train_parser
+
+for extra in ("tensorflow_datasets", "grain"): pytest.importorskip(extra)
+NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "26_flowers_tpu.ipynb").read_text(encoding="utf-8"))
+CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+PRINTED = "".join("".join(out.get("text", "")) for cell in NOTEBOOK["cells"] for out in cell.get("outputs", []))
+KEPT = {"ATTEND", "SETTINGS", "BATCH", "PLANS", "FLOPS", "PEAK", "LINE", "LINES"}  # assignments of the chapter that are executed; of the rest, what defines and imports
+
+
+def wanted(statement):
+    if isinstance(statement, ast.Assign): return bool(KEPT & {n.id for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)})
+    return isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+
+
+def chapter(size):
+    "The names that the chapter's cells define, with SIZE = size; nothing is drawn, written or trained."
+    names = {"SIZE": size, "__name__": "chapter"}
+    for source in CODE:
+        body = ast.parse(re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.M)).body
+        exec(compile(ast.Module([s for s in body if wanted(s)], []), "26_flowers_tpu", "exec"), names)
+    return SimpleNamespace(**names), names
+
+
+@functools.cache
+def flowers(): return chapter(64)[0]
+
+
+# ---- what the text says
+
+def test_the_settings_at_64_are_the_contracts_first_program():
+    f = flowers()
+    assert f.BATCH == 16 and f.s.image == 64 and f.s.lr == 2e-4 and f.s.epochs == 1000
+    due = SimpleUNet(emb_features=256, feature_depths=[64, 128, 256, 512], attention_configs=[{"heads": 4}] * 5, num_res_blocks=2, num_middle_res_blocks=1)
+    assert f.make_unet(f.s) == due.clone(dtype=jnp.bfloat16)
+    schedule, density = f.make_process(f.s)
+    assert vars(schedule) == vars(EDMNoiseScheduler(1, sigma_max=80, rho=7, sigma_data=0.5)) and density is None
+
+
+def test_128_differs_in_what_the_chapter_names_and_in_nothing_else():
+    at_64, at_128 = (flowers().SETTINGS[size] for size in (64, 128))
+    assert {k for k in at_64 if at_64[k] != at_128[k]} == {"image", "attention", "sigma_max", "shift", "remat"}
+    assert at_128["attention"] == [None] + at_64["attention"][1:]
+
+
+@pytest.mark.parametrize("name, parameters", [("64", 51_773_571), ("128", 51_740_419)])
+def test_the_table_of_sizes(name, parameters):
+    f = flowers()
+    assert sum(p.size for p in jax.tree.leaves(f.shapes(f.PLANS[name])[1])) == parameters
+    row = re.search(rf"^{name} +([\d,]+) parameters, +([\d.]+) GB .* F = +([\d.]+) GFLOP; +([\d.]+) GB kept$", PRINTED, re.M)
+    assert int(row[1].replace(",", "")) == parameters
+    due = 16 * parameters / 1e9, f.forward_flops(f.PLANS[name]) / 1e9, f.kept(f.PLANS[name]) / 1e9
+    np.testing.assert_allclose([float(row[k]) for k in (2, 3, 4)], due, atol=0.0051)
+
+
+def test_the_lines_ask_for_the_same_runs():
+    f = flowers()
+    for size, s in ((64, f.SETTINGS[64]), (128, f.SETTINGS[128])):
+        given = vars(train_parser().parse_args(f.LINES[size].split()))
+        assert given.pop("out") == f"flowers-{size}" and given.pop("resume")
+        config = TrainConfig(**given)
+        assert (config.dataset, config.image_size, config.batch_size, config.steps) == ("oxford_flowers102", s["image"], f.BATCH, s["epochs"] * 511)
+        assert config.attention_levels == sum(a is not None for a in s["attention"]) and config.heads == 4 and list(config.features) == s["depths"]
+        assert (config.emb_features, config.res_blocks, config.dtype, config.remat) == (s["emb"], s["blocks"], "bfloat16", s["remat"])
+        assert (config.schedule, config.predictor, config.loss, config.seed, config.ema_decay) == ("edm", "edm", "plain", 4, 0.999)
+        params = {"w": jnp.ones(3)}  # the optimizer: Adam at a constant rate, from the second update on
+        mine, plain = make_optimizer(config), optax.adam(s["lr"])
+        states = [mine.init(params), plain.init(params)]
+        for k in range(3): (a, states[0]), (b, states[1]) = (o.update({"w": jnp.arange(3.0) + k}, state, params) for o, state in zip((mine, plain), states))
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
+
+
+def test_the_install_cell_pins_what_flaxdiff_tpu_installs():
+    install = next(source for source in CODE if "%pip install -q \"flaxdiff[data] @" in source)
+    for pin in PINS: assert pin.replace("jax[tpu]", "jax[{chip}]") in install
+    assert not any("colab_tpu" in source for source in CODE), "jax.tools.colab_tpu does not exist any more"
+
+
+def test_it_opens_on_a_tpu():
+    assert NOTEBOOK["metadata"].get("accelerator") == "TPU", "Colab reads the kind of machine from the notebook's metadata: {'accelerator': 'TPU'}"
+
+
+# ---- the arithmetic
+
+def test_operations_are_counted():
+    "Products, convolutions and loops, by hand; and XLA's own count where there is neither an edge nor a loop."
+    f = flowers()
+    a, b = jnp.ones((5, 7)), jnp.ones((7, 3))
+    looped = lambda x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ jnp.ones((7, 7))), None), x, None, length=11)[0]
+    image, kernel = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 6))
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for function, arguments, due in ((jnp.matmul, (a, b), 2 * 5 * 7 * 3), (looped, (a,), 11 * 2 * 5 * 7 * 7), (jax.checkpoint(jax.jit(looped)), (a,), 11 * 2 * 5 * 7 * 7),
+                                     (conv, (image, kernel), 2 * 2 * 4 * 4 * 6 * 9 * 4)):
+        assert f.count(jax.make_jaxpr(function)(*arguments).jaxpr) == due
+    assert jax.jit(conv).lower(image, kernel).cost_analysis()["flops"] == 2 * 2 * 4 * 4 * 6 * 9 * 4
+
+
+def test_looks_cost_what_equation_1_says():
+    f = flowers()
+    saved = f.forward_flops(f.variant(64)) - f.forward_flops(f.variant(64, attention=[None] + [f.ATTEND] * 4))
+    assert saved == 2 * (4 * 4096 ** 2 * 64 + 8 * 4096 * 64 ** 2)
+
+
+def test_training_costs_three_times_the_way_forth():
+    "By XLA's count of the compiled gradient, at a size without loops; and no more than four times with `remat`."
+    f = flowers()
+    def cost(what, **changes):
+        net, *rest = f.shapes(f.variant(64, image=16, depths=[32, 64], attention=[None, f.ATTEND, f.ATTEND], emb=32, blocks=1, **changes))
+        ask = lambda params, x, t: jnp.sum(net.apply(params, x, t) ** 2)
+        return jax.jit(what(ask)).lower(*rest).cost_analysis()["flops"]
+    forth = cost(lambda ask: ask)
+    assert 2.6 < cost(jax.grad) / forth < 3.2 < cost(jax.grad, remat=True) / forth < 4.2
+
+
+def test_hours_are_equation_3():
+    f = flowers()
+    for size, k in ((64, 3), (128, 4)):
+        due = 1000 * 511 * 16 * k * f.forward_flops(f.variant(size)) / (0.3 * 197e12) / 3600
+        assert math.isclose(f.hours(size, f.PEAK["TPU v5e"], 0.3), due) and math.isclose(f.hours(size, f.PEAK["TPU v5e"], 0.3, chips=8), due / 8)
+        assert float(re.search(rf"TPU v5e, {size} × {size}: +([\d.]+) hours if", PRINTED)[1]) == round(due, 1)
+
+
+def test_the_noise_at_128_is_shifted_by_the_logarithm_of_two():
+    f = flowers()
+    (schedule, density), (usual, _) = (f.make_process(f.variant(size)) for size in (128, 64))
+    assert math.isclose(schedule.sigma(1.0), 160, rel_tol=1e-6) and math.isclose(usual.sigma(1.0), 80, rel_tol=1e-6)
+    shifted = jnp.log(schedule.sigma(density(jax.random.key(1), 20_000)))
+    own = jnp.log(usual.sigma(usual.sample_timesteps(jax.random.key(2), 20_000)))
+    error = 4 * 1.2 * math.sqrt(2 / 20_000)  # four standard errors of a difference
+    assert abs(shifted.mean() - own.mean() - math.log(2)) < error and abs(shifted.std() - own.std()) < error
+
+
+# ---- the full sizes, by shapes alone
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_one_update_of_the_full_size(size):
+    "Everything of the trainer's update is traced; nothing is computed."
+    f = flowers()
+    s = f.variant(size)
+    schedule, density = f.make_process(s)
+    trainer = DiffusionTrainer(f.make_unet(s), optax.adam(s.lr), schedule, 4, "flowers", KarrasPredictionTransform(0.5), time_density=density)
+    _, params, images, _ = f.shapes(s, f.BATCH)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(count, params, params, power_init(params, ()), (), jax.eval_shape(trainer.optimizer.init, (params, ())), count, count)
+    new, metrics = jax.eval_shape(partial(trainer._update, axis=None), state, jax.random.key_data(jax.random.key(0)),
+                                  jax.ShapeDtypeStruct((f.BATCH,), jnp.int32), (images, ()))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    assert {p.dtype for p in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}  # work in bfloat16, parameters not
+
+
+# ---- the toy
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    "The folder of the drawn flowers, written by the chapter's recipe."
+    import tensorflow_datasets as tfds
+    tfds.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("flowers")
+    flowers().OxfordFlowers102(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_the_drawings_have_the_features_of_the_photographs(drawn):
+    import tensorflow_datasets as tfds
+    mine = tfds.builder_from_directory(drawn / "oxford_flowers102" / "2.1.1", file_format="array_record").info
+    features = {name: type(kind).__name__ for name, kind in mine.features.items()}
+    assert features == {"image": "Image", "label": "ClassLabel", "file_name": "Text"} and mine.features["label"].num_classes == 102
+    assert {name: split.num_examples for name, split in mine.splits.items()} == {"train": 8, "validation": 8, "test": 32}
+
+
+def test_a_machine_without_tensorflow_reads_them(drawn, tmp_path):
+    "As a TPU runtime of Colab is, once the folder has been copied there."
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorflow'\")")
+    program = "import sys; from flaxdiff import get_dataset; data, n = get_dataset('oxford_flowers102', 16, 16, data_dir=sys.argv[1]); print(n, next(data).shape)"
+    done = subprocess.run([sys.executable, "-c", program, str(drawn)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"})
+    assert done.stdout.strip() == "48 (16, 16, 16, 3)", done.stderr[-3000:]
+
+
+def test_the_toy_trains_and_resumes(drawn, tmp_path, capsys):
+    "Two sessions leave what one does, bit for bit: parameters, losses, place in the data, grids."
+    ends = []
+    for run, epochs in (("one", [4]), ("two", [2, 4])):
+        f, names = chapter("toy")
+        names.update(DATA=drawn, RUN=tmp_path / run, steps=3)
+        for until in epochs: trainer, data = f.go_on(until, every=2)
+        grids = {p.name: p.read_bytes() for p in (tmp_path / run / "samples").glob("*.png")}
+        ends.append((fingerprint(trainer.state.params), fingerprint(trainer.state.ema_params), trainer.losses, data.get_state(), grids))
+    assert ends[0] == ends[1]
+    assert capsys.readouterr().out.split() == "from update 0 from update 0 from update 6".split()
+    losses, place, grids = ends[0][2:]
+    assert len(losses) == 12 and np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert place["position"] == 12 * 16 and sorted(grids) == ["0000006.png", "0000012.png"]
+    assert trainer.model.module == f.make_unet(f.s) and trainer.model.module.dtype == jnp.bfloat16 and ":" in trainer.name
+
+
+@pytest.mark.slow
+def test_the_line_at_toy_size(drawn, tmp_path, capsys):
+    "The chapter's flaxdiff-train line on the drawings, stopped after 4 updates and resumed; a later flag of the same name counts."
+    small = f"--image-size 16 --features 24 --attention-levels 1 --res-blocks 1 --emb-features 32 --steps 6 --checkpoint-every 2 --quiet --data-dir {drawn} --out {tmp_path / 'run'}"
+    words = [*flowers().LINE.split(), *small.split()]
+    train_main(words)
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())
+    train_main(words)  # finished: changes nothing
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == first and first["steps"] == 6 and np.isfinite(first["loss"])
+    assert load_run(tmp_path / "run").model.image_shape == (16, 16, 3)
