@@ -218,7 +218,7 @@ def _gradient(self: DiffusionTrainer, learned, drawn, conditioning):
     total, losses = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, learned), split)
     return losses.ravel(), jax.tree.map(lambda g: g / parts, total)
 
-# %% ../nbs/23_trainer.ipynb #10aab235
+# %% ../nbs/23_trainer.ipynb #afbbf2d4
 @patch
 def _update(self: DiffusionTrainer, state, key, index, batch, axis):
     "One step on one device's share of the batch: (the new state, metrics); `axis` names the devices to average over. Pure."
@@ -227,12 +227,12 @@ def _update(self: DiffusionTrainer, state, key, index, batch, axis):
     loss, levels = jnp.mean(losses), jnp.stack(loss_by_level(losses, self.noise_schedule.log_snr(drawn[0]), self.level_edges))
     if axis: (loss, grads), levels = jax.lax.pmean((loss, grads), axis), jax.lax.psum(levels, axis)
     updates, opt_state = self.optimizer.update(grads, state.opt_state, learned)
-    learned = optax.apply_updates(learned, updates)
-    params, uncertainty = self._apart(learned)
+    params, uncertainty = self._apart(learned := optax.apply_updates(learned, updates))
     new = state.replace(params=params, uncertainty=uncertainty, opt_state=opt_state, ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
                         profiles=power_update(state.profiles, params, state.step, self.ema_profiles))
     square, going = partial(optax.tree.norm, squared=True), state.in_a_row < self.max_skipped
-    good = jnp.isfinite(loss + square(grads) + square(learned))  # so every number is finite, and its square: Adam will square it
+    # every number must be finite, and its square, as Adam squares it; without the root XLA copies these sums into each leaf's choice, and compiles 4 times as long
+    good = jnp.isfinite(loss + jnp.sqrt(square(grads) + square(learned)))
     new = jax.tree.map(lambda new, old: jnp.where(good & going, new, old), new, state)
     new = new.replace(step=state.step + going, skipped=state.skipped + (going & ~good), in_a_row=jnp.where(going & good, 0, state.in_a_row + (going & ~good)))
     return new, {"loss": jnp.where(good, loss, jnp.nan), "levels": levels, "gradient": jnp.sqrt(square(grads)), "going": going}

@@ -224,7 +224,7 @@ def test_the_toy_trains_and_resumes(drawn, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_line_at_toy_size(drawn, tmp_path, capsys):
-    "The chapter's flaxdiff-train line on the drawings, stopped after 4 updates and resumed; a later flag of the same name counts."
+    "The chapter's flaxdiff-train line on the drawings (of two flags of one name the later counts), and once more, when it is finished."
     small = f"--image-size 16 --features 24 --attention-levels 1 --res-blocks 1 --emb-features 32 --steps 6 --checkpoint-every 2 --quiet --data-dir {drawn} --out {tmp_path / 'run'}"
     words = [*flowers().LINE.split(), *small.split()]
     train_main(words)
