@@ -107,10 +107,10 @@ class LearningConfig(NetworkConfig):
     augment: float = 0.0  # probability of each of EDM's augmentations, such as 0.12
     seed: int = 0  # of the parameters, the noise and the order of the data
 
-# %% ../nbs/27_train.ipynb #e4524187
+# %% ../nbs/27_train.ipynb #ba071cb2
 @dataclass(frozen=True)
 class TrainConfig(LearningConfig):
-    "Everything a run depends on: written to RUN/config.json, and each field a flag of `flaxdiff-train`."
+    "How it runs and what it tells: the last part of all that a run depends on, which is written to RUN/config.json; each field is a flag of `flaxdiff-train`."
     how: str = "pmap"  # how several devices are used: pmap or shard_map
     accumulate: int = 1  # parts of a batch that are worked through one after the other, to save memory
     steps_per_dispatch: int = 1  # updates in one compiled call, for very short ones
@@ -414,16 +414,16 @@ def train_main(
     if summary is None: print(f"{out}: stopped as asked, nothing is lost; go on by: flaxdiff-train --out {out} --resume")
     else: print(f"{out}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['images_per_second']:.0f} images/s, {summary['seconds']:.0f} s")
 
-# %% ../nbs/27_train.ipynb #5a1ac2a4
+# %% ../nbs/27_train.ipynb #c533a096
 def sample_parser():
     "The flags of `flaxdiff-sample`."
-    parser = argparse.ArgumentParser("flaxdiff-sample", description="Sample new images from a trained run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("flaxdiff-sample", description="Sample new images from a trained run.")
     parser.add_argument("run", metavar="RUN", help="folder that flaxdiff-train wrote")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="heun", help="the solver")
-    parser.add_argument("--steps", type=int, default=18, metavar="N", help="noise levels")
-    parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise; image i depends on it and on i alone")
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="heun", metavar="NAME", help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=18, metavar="N", help="noise levels (default: %(default)s)")
+    parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise; image i depends on it and on i alone (default: %(default)s)")
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (default: %(default)s)")
     parser.add_argument("--save", metavar="FILE.npy", help="the images themselves as an array (N, H, W, C) in [-1, 1]")
     parser.add_argument("--label", metavar="K", help="class to draw (needs a conditional run)")
     parser.add_argument("--prompt", metavar="TEXT", help="text to draw (needs a conditional run)")
