@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataParallel', 'several_steps', 'allreduce_bytes', 'step_seconds', 'start_hosts']
 
-# %% ../nbs/25_multihost.ipynb #a0b74eec
+# %% ../nbs/25_multihost.ipynb #9d6a9c27
 import os
 from functools import partial
 
@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .speed import compiler_options
 from .utils import check_positive_int
 
 # %% ../nbs/25_multihost.ipynb #09067806
@@ -33,7 +34,7 @@ class DataParallel:
         self.alone = len(self.devices) == 1
         self._run = self._compile(step)
 
-# %% ../nbs/25_multihost.ipynb #133d0b7d
+# %% ../nbs/25_multihost.ipynb #5591169a
 def several_steps(
     step,  # (state, key, index, batch) -> (state, metrics)
 ):
@@ -47,12 +48,13 @@ def several_steps(
 @patch
 def _compile(self: DataParallel, step):
     "The program of one device, carried to all of them; the state's memory is used again for the new state."
-    if self.alone: return jax.jit(several_steps(partial(step, axis=None)), donate_argnums=0)
+    if self.alone: return jax.jit(several_steps(partial(step, axis=None)), donate_argnums=0, compiler_options=compiler_options())
     steps = several_steps(partial(step, axis="data"))
     if self.how == "pmap": return jax.pmap(steps, "data", in_axes=(0, None, 0, 0), devices=self.devices, donate_argnums=0)
     copy, share = PartitionSpec(), PartitionSpec(None, "data")
     # check_vma=False: otherwise a copy's gradient arrives already summed over the devices, and pmean would not undo it
-    return jax.jit(jax.shard_map(steps, mesh=self.mesh, in_specs=(copy, copy, share, share), out_specs=(copy, copy), check_vma=False), donate_argnums=0)
+    return jax.jit(jax.shard_map(steps, mesh=self.mesh, in_specs=(copy, copy, share, share), out_specs=(copy, copy), check_vma=False),
+                   donate_argnums=0, compiler_options=compiler_options())
 
 # %% ../nbs/25_multihost.ipynb #6f20b558
 @patch

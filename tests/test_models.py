@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdiff.models.layers import attention
 from flaxdiff.models.simple_unet import (AttentionBlock, Downsample, FouriedEmbedding, FourierEmbedding, ResidualBlock, SimpleUNet,
-                                         TimeEmbedding, Unet, Upsample, attention)
+                                         TimeEmbedding, Unet, Upsample)
 
 TINY = dict(emb_features=16, feature_depths=(8, 16), attention_configs=({"heads": 2},) * 3, num_res_blocks=1, norm_groups=4)
 
