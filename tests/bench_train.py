@@ -68,7 +68,7 @@ def plain():
     "Jitted as it stands."
     step, state = plain_step()
 
-    def run(): state[:], _ = (out := step(*state, 5))[:3], jax.block_until_ready(out)
+    def run(): state[:] = jax.block_until_ready(step(*state, 5))[:3]
     return run
 
 
@@ -139,20 +139,17 @@ def torch_step(net, parameters):
     return run
 
 
-def torch_same(**how):
-    "The same network and weights in PyTorch; they must give the same output."
+def torch_same(**layout):
+    "The same network and weights in PyTorch; they must give the same output. `layout`: how pictures lie in memory."
     import torch
     model, x, temb = network(), IMAGES[:2], np.float32([-0.5, 0.7])
     params = jax.jit(model.init)(jax.random.PRNGKey(0), x, temb)
     params = jax.tree.map(lambda p: np.random.default_rng(p.size).normal(0, 0.05, p.shape).astype(np.float32) + p, params)
-    if how:
-        params = jax.tree.map(lambda p: p, params)
     tensors = jax.tree.map(lambda p: torch.tensor(np.asarray(p)).requires_grad_(), params["params"])
-    layout = lambda v: v.to(**how) if how else v
     theirs = torch_unet(tensors, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(temb)).permute(0, 2, 3, 1).detach().numpy()
     mine = np.asarray(jax.jit(model.apply)(params, x, temb))
     assert np.allclose(mine, theirs, rtol=0, atol=2e-5 * abs(mine).max()), abs(mine - theirs).max()  # a dozen layers of float32
-    return torch_step(lambda x, temb: torch_unet(tensors, layout(x), temb), jax.tree.leaves(tensors))
+    return torch_step(lambda x, temb: torch_unet(tensors, x.to(**layout) if layout else x, temb), jax.tree.leaves(tensors))
 
 
 def diffusers():
@@ -202,11 +199,14 @@ if __name__ == "__main__":
         names = [n for n in names if n not in ("PyTorch", "PyTorch, channels last", "diffusers")]
         print("PyTorch and diffusers are not installed: make parity brings them")
     else: print(f"torch {torch.__version__}")
-    compiled = (made := plain_step())[0].lower(*made[1], 5).compile()
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {sum(p.size for p in jax.tree.leaves(made[1][0])):,} parameters; "
-          f"the plain step needs {compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB beside its state")
-    processes = {n: subprocess.Popen([sys.executable, __file__, "--serve", n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n in names}
-    first, taken = {n: step(p) for n, p in processes.items()}, {n: [] for n in names}
+    plain_one, made = plain_step()
+    memory = plain_one.lower(*made, 5).compile().memory_analysis()
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {sum(p.size for p in jax.tree.leaves(made[0])):,} parameters; "
+          f"beside its state the plain step needs {memory.temp_size_in_bytes / 1e6:.0f} MB, and {memory.output_size_in_bytes / 1e6:.0f} MB for the new one")
+    processes, first, taken = {}, {}, {n: [] for n in names}
+    for n in names:  # one after the other, so that no first call meets another's start
+        processes[n] = subprocess.Popen([sys.executable, __file__, "--serve", n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        first[n] = step(processes[n])
     for _ in range(arguments.rounds):
         for n, p in processes.items():
             step(p)  # the first of a turn wakes the threads

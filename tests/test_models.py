@@ -139,6 +139,21 @@ def test_down_and_up(size):
     assert shape(Upsample(5), np.ones(half)) == (2, 2 * half[1], 2 * half[2], 5)
 
 
+def test_doubling_is_repeating_and_convolving():
+    "Values and both gradients of `Upsample`, which never makes the repeated picture, against those with it."
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weight = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(2, 10, 8, 6))
+        params = jax.tree.map(lambda p: rng.normal(size=p.shape), jax.eval_shape(Upsample(6).init, jax.random.PRNGKey(0), x))
+
+        def by_hand(params, x):
+            kernel, bias = (params["params"]["Conv_0"][name] for name in ("kernel", "bias"))
+            repeated = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+            return jax.lax.conv_general_dilated(repeated, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+        ours, theirs = (jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(weight * jnp.sin(f(params, x))), (0, 1)))(params, x) for f in (Upsample(6).apply, by_hand))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), ours, theirs)  # sums of a thousand products of order 1
+
+
 def test_residual_block_starts_as_the_identity_and_hears_the_time():
     x, emb = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype(np.float32), np.stack([np.ones(6), np.zeros(6)]).astype(np.float32)
     apply, params = moved(ResidualBlock(8, 4), x, emb)
