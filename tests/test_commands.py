@@ -84,6 +84,7 @@ def test_sampling_writes_picture_and_array(finished, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "a.npy", "b.npy"}  # nothing half-written is left
 
 
+@pytest.mark.slow
 def test_a_configuration_file(finished, tmp_path, capsys):
     "Another run's config.json, or TOML; flags go before it, and unknown names are refused."
     train_main(["--config", str(finished[0] / "config.json"), "--out", str(tmp_path / "same"), "--quiet"])

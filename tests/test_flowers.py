@@ -205,6 +205,7 @@ def test_a_machine_without_tensorflow_reads_them(drawn, tmp_path):
     assert done.stdout.strip() == "48 (16, 16, 16, 3)", done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_toy_trains_and_resumes(drawn, tmp_path, capsys):
     "Two sessions leave what one does, bit for bit: parameters, losses, place in the data, grids."
     ends = []

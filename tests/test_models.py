@@ -278,6 +278,7 @@ def test_bfloat16_computes_low_and_keeps_high():
     assert 1e-4 < np.abs(out - reference).max() / np.abs(reference).max() < 0.1, "bfloat16 is used, and is close"
 
 
+@pytest.mark.slow
 def test_working_through_again_changes_the_memory_alone():
     "`remat`: the same parameters by the same names, the same gradient, and a program that keeps less."
     shape, sizes = (2, 16, 16, 3), {}
