@@ -181,6 +181,7 @@ def test_the_trainer_learns_the_variance(t):
     assert abs((float(trainer.state.params["v"]) + 1) / 2 - due) < 0.02, due
 
 
+@pytest.mark.slow
 def test_what_it_learned_can_be_sampled(trained):
     "By `variance='learned'` in few steps the samples are as wide as the data; the posterior's variance is narrower."
     data, trainer = trained

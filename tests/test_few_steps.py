@@ -49,6 +49,7 @@ def test_levels_and_weights_are_all_there_is(fitted, x64):
     assert np.all(weights[0] == 0) and weights[1, 1] == 0 and np.all(weights[2:] != 0)
 
 
+@pytest.mark.slow
 def test_in_float32_and_on_another_schedule():
     data, schedule, row = GaussianMixture([[-0.7, 0.0], [0.6, 0.3]], 0.2), SCHEDULES["CosineContinuousNoiseScheduler"], PREDICTORS["VPredictor"]
     plain = exact_sampler(FewStepSampler, schedule, row, data)

@@ -272,6 +272,7 @@ def test_finite_with_every_option(variant, schedule):
     check_finite(cls, schedule, tuple(options.items()))
 
 
+@pytest.mark.slow
 @over(("EDM",), cls=SAMPLER_CLASSES, schedule=TWO_SCHEDULES)
 def test_standing_still_is_sampling(cls, schedule):
     "The short cut of the two tests above: a list of times that was filled up gives what `sample` gives, with whichever predictor."
@@ -283,6 +284,7 @@ def test_standing_still_is_sampling(cls, schedule):
             np.testing.assert_allclose(end, want, rtol=1e-4, atol=2e-6 * np.abs(x).max())  # rounding at the first levels, σ = 80
 
 
+@pytest.mark.slow
 @over(("LinearNoiseSchedule",), cls=SAMPLER_CLASSES, schedule=WITH_ZERO_SNR)
 def test_a_bfloat16_network_is_read_as_float32(cls, schedule):
     sampler = wave_sampler(cls, schedule, in_turn(cls, schedule), BFLOAT16)
