@@ -102,10 +102,9 @@ def _repeat_and_convolve(
     *_, precision=None, **__,
 ):
     "What a 3×3 convolution makes of x with each pixel repeated twice each way, (B, 2H, 2W, features): four of 2×2 (4)."
-    for axis in (0, 1):  # (k0, k0 + k1, k1 + k2, k2) along each
-        wider = [[(0, 0)] * 4, [(0, 0)] * 4]
-        wider[0][axis], wider[1][axis] = (0, 1), (1, 0)
-        kernel = jnp.pad(kernel, wider[0]) + jnp.pad(kernel, wider[1])
+    for _ in range(2):  # down, and then across
+        k0, k1, k2 = kernel
+        kernel = jnp.stack([k0, k0 + k1, k1 + k2, k2]).swapaxes(0, 1)
     corner = lambda i, j: jax.lax.conv_general_dilated(x, kernel[i::2, j::2], (1, 1), ((1 - i, i), (1 - j, j)), precision=precision,
                                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
     b, height, width, _ = x.shape
