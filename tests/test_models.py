@@ -1,12 +1,13 @@
 """Laws of the UNet and its layers."""
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdiff.models.layers import attention
+from flaxdiff.models.layers import GroupNorm, attention
 from flaxdiff.models.simple_unet import (AttentionBlock, Downsample, FouriedEmbedding, FourierEmbedding, ResidualBlock, SimpleUNet,
                                          TimeEmbedding, Unet, Upsample)
 
@@ -152,6 +153,25 @@ def test_doubling_is_repeating_and_convolving():
             return jax.lax.conv_general_dilated(repeated, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
         ours, theirs = (jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(weight * jnp.sin(f(params, x))), (0, 1)))(params, x) for f in (Upsample(6).apply, by_hand))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), ours, theirs)  # sums of a thousand products of order 1
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 12), (3, 7, 12), (3, 12)])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_group_norm_is_flaxs_then_scaled_and_shifted(shape, groups):
+    "Values, and gradients by all that goes in, in float64; of bfloat16 the statistics are float32."
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weight, scale, shift = rng.normal(2, 3, shape), rng.normal(size=shape), *rng.normal(size=(2, 3, 12))
+        params = {"params": {name: jnp.asarray(rng.normal(size=12)) for name in ("scale", "bias")}}
+
+        def theirs(params, x, scale, shift):
+            wide = lambda v: jnp.expand_dims(v, tuple(range(1, x.ndim - 1)))
+            return nn.GroupNorm(groups, epsilon=1e-5, param_dtype=jnp.float64).apply(params, x) * (1 + wide(scale)) + wide(shift)
+        run = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(weight * jnp.sin(f(*a))), range(4)))(params, x, scale, shift)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), run(GroupNorm(groups).apply), run(theirs))  # r is up to 316, where a group is one number
+    low = 1000 + np.float32(x).astype(jnp.bfloat16)
+    out = GroupNorm(groups, jnp.bfloat16).init_with_output(jax.random.PRNGKey(0), low)[0]
+    assert out.dtype == jnp.bfloat16 and np.abs(np.float32(out).reshape(3, -1, groups, 12 // groups).mean((1, 3))).max() < 0.02
 
 
 def test_residual_block_starts_as_the_identity_and_hears_the_time():
