@@ -30,7 +30,7 @@ from fastcore.docments import docments
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
-# %% ../nbs/27_train.ipynb #66a6e17b
+# %% ../nbs/27_train.ipynb #5cede846
 from .checkpoints import CheckpointError, fingerprint
 from .data import get_dataset
 from .distributed import start_hosts
@@ -42,6 +42,7 @@ from .samplers import (AdaptiveSampler, DDIMSampler, DDPMSampler, DEISSampler, D
                                PLMSSampler, PNDMSampler, PredictorCorrectorSampler, RK4Sampler, UniPCSampler)
 from .schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler, CosineNoiseSchedule,
                                  EDMNoiseScheduler, ExpNoiseSchedule, KarrasVENoiseScheduler, LinearNoiseSchedule)
+from .speed import keep_memory
 from .trainer import DiffusionTrainer, TrainingDiverged
 from .utils import check_positive_int, to_grid
 
@@ -389,7 +390,7 @@ def _start_wandb(config, out):
     write_whole(place, lambda p: p.write_text(run.id))
     return run
 
-# %% ../nbs/27_train.ipynb #6eb7c33d
+# %% ../nbs/27_train.ipynb #6d5d4bbd
 def _exit_on_error(command, run):
     "Run a command; errors meant for people become one line on stderr and a status of 2 (1 where a run stopped)."
     try: return run()
@@ -407,6 +408,7 @@ def train_main(
     hosts = [given.pop(k, None) for k in ("coordinator", "processes", "process")]
     def run():
         start_hosts(*hosts)
+        keep_memory()
         config = choose_config({**(read_settings(file) if file else {}), **given}, out, resume)
         if jax.process_count() > 1: multihost_utils.sync_global_devices("all have looked into RUN")  # before the first of them writes there
         return train_run(config, out, resume, not quiet)
