@@ -329,3 +329,4 @@ def test_bad_fields_are_refused():
                          (dict(output_channels=0), "output_channels"), (dict(emb_features=2.5), "emb_features"), (dict(norm_groups=0), "norm_groups")):
         with pytest.raises(ValueError, match=name): SimpleUNet(**fields)
     with pytest.raises(ValueError, match="heads"): unet.__wrapped__(attention_configs=({"heads": 3},))
+    with pytest.raises(ValueError, match="groups must divide the 8 channels, got 3"): jax.eval_shape(GroupNorm(3).init, jax.random.PRNGKey(0), np.ones((1, 2, 2, 8)))

@@ -51,7 +51,7 @@ class TimeEmbedding(nn.Module):
         h = nn.swish(nn.Dense(self.features, dtype=self.dtype)(h))
         return nn.swish(nn.Dense(self.features, dtype=self.dtype)(h))
 
-# %% ../../nbs/19_layers.ipynb #5494c88a
+# %% ../../nbs/19_layers.ipynb #76b70090
 class GroupNorm(nn.Module):
     "Group normalisation (Wu & He 2018), then a scale and a shift told from outside, as one multiplication and addition (4)."
     groups: int  # must divide the channels
@@ -63,7 +63,8 @@ class GroupNorm(nn.Module):
                  scale=0.0,  # (B, C): the result is multiplied by 1 + scale
                  shift=0.0,  # (B, C): added to it
                 ):
-        "(B, …, C)."
+        "(B, …, C). `ValueError` where the groups do not divide the channels."
+        if x.shape[-1] % self.groups: raise ValueError(f"groups must divide the {x.shape[-1]} channels, got {self.groups}")
         c, axes, h = x.shape[-1], tuple(range(1, x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
         gamma, beta = (self.param(name, start, (c,), jnp.float32) for name, start in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)))
         member, times = jnp.asarray(np.repeat(np.eye(self.groups), c // self.groups, 1), h.dtype), partial(jnp.matmul, precision="highest")
