@@ -387,20 +387,22 @@ def test_bfloat16_work_keeps_float32_masters():
 
 
 MEMORY = """
-import resource, sys, jax, jax.numpy as jnp
+import resource, statistics, sys, jax, jax.numpy as jnp
 from flaxdiff.speed import keep_memory
 if sys.argv[1] == "keep": keep_memory()
-f, a = jax.jit(lambda a: jnp.sin(a @ a.T) @ a), jnp.ones((6000, 4))  # 144 MB of scratch memory
-for i in range(8):
-    if i == 3: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+f, a, faults = jax.jit(lambda a: jnp.sin(a @ a.T) @ a), jnp.ones((6000, 4)), []  # 144 MB of scratch memory
+for _ in range(25):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(a).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults[8:])))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "malloc" in os.environ.get("LD_PRELOAD", ""), reason="keep_memory speaks to glibc's malloc")
 def test_scratch_memory_is_kept():
-    "35,000 pages of 4 kB are mapped anew at every call, or (with pages of 2 MB) 70; those kept are none of them."
+    """35,000 pages of 4 kB are mapped anew at every call, or (with pages of 2 MB) 70; those kept are none of them. Now and then something small settles
+    in the gap and one call needs another (up to six of the first seven were seen to, with two such processes on two cores): so the median, and not at once."""
     faults = {word: int(subprocess.run([sys.executable, "-c", MEMORY, word], capture_output=True, text=True, check=True, timeout=300).stdout) for word in ("give", "keep")}
     assert faults["give"] >= 60 and faults["keep"] < faults["give"] / 5, faults
 
