@@ -24,8 +24,9 @@ def compiler_options():
 
 # %% ../nbs/22b_speed.ipynb #46c7d235
 def keep_memory():
-    "Let this process keep a CPU step's memory for the next, not return it to Linux after each; call it before the first array is made. Elsewhere it changes nothing."
+    "Let this process keep a CPU step's memory for the next, not return it to Linux after each; call it before the first array is made. On other systems it does nothing."
+    if sys.platform != "linux": return
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # only the calling thread's memory can be kept
-    if jax.default_backend() != "cpu" or sys.platform != "linux": return
+    if jax.default_backend() != "cpu": return
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
         for name, value in ((-4, 0), (-1, 2 ** 31 - 1)): mallopt(name, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -171,7 +171,7 @@ def test_group_norm_is_flaxs_then_scaled_and_shifted(shape, groups):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), run(GroupNorm(groups).apply), run(theirs))  # r is up to 316, where a group is one number
     low = 1000 + np.float32(x).astype(jnp.bfloat16)
     out = GroupNorm(groups, jnp.bfloat16).init_with_output(jax.random.PRNGKey(0), low)[0]
-    assert out.dtype == jnp.bfloat16 and np.abs(np.float32(out).reshape(3, -1, groups, 12 // groups).mean((1, 3))).max() < 0.02
+    assert out.dtype == jnp.bfloat16 and np.abs(np.float32(out).reshape(3, -1, groups, 12 // groups).mean((1, 3))).max() < 0.02  # results near 3 are rounded by 0.008; a mean of bfloat16 would be off by 4 of 1,000, here 1
 
 
 def test_residual_block_starts_as_the_identity_and_hears_the_time():
