@@ -2,6 +2,6 @@
 __version__ = "0.3.0"
 
 from .data import get_dataset
-from .utils import plotImages
+from .plots import plotImages
 
 __all__ = ["get_dataset", "plotImages"]

@@ -44,7 +44,8 @@ from .schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseSched
                                  EDMNoiseScheduler, ExpNoiseSchedule, KarrasVENoiseScheduler, LinearNoiseSchedule)
 from .speed import keep_memory
 from .trainer import DiffusionTrainer, TrainingDiverged
-from .utils import check_positive_int, to_grid
+from .plots import to_grid
+from .utils import check_positive_int
 
 # %% ../nbs/39_train.ipynb #8986506f
 SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine": CosineNoiseSchedule,
