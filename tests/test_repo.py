@@ -15,7 +15,7 @@ from fastcore.docments import docments
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "flaxdiff").rglob("*.py") if not p.name.startswith("_"))
-MAX_BYTES, MAX_LINES = 1_200_000, 25
+MAX_BYTES, MAX_LINES, MAX_CLASS = 1_200_000, 45, 130  # a class stands whole in one cell, however many methods it has
 SITE = "https://colab.research.google.com/github/flaxdiff/flaxdiff/blob/main/nbs/"
 
 
@@ -113,7 +113,9 @@ def size_is_bounded(chapter):
 
 def cells_are_short(chapter):
     for cell in chapter.code:
-        if (n := len(cell["source"].splitlines())) > MAX_LINES: yield f"a code cell of {n} lines, more than {MAX_LINES}: {first_lines(cell['source'])}"
+        body = tree(cell["source"])
+        most = MAX_CLASS if len(body) == 1 and isinstance(body[0], ast.ClassDef) else MAX_LINES
+        if (n := len(cell["source"].splitlines())) > most: yield f"a code cell of {n} lines, more than {most}: {first_lines(cell['source'])}"
 
 
 def opens_with_a_promise(chapter):
@@ -211,6 +213,7 @@ BREAKS = [(cells_have_ids, put(3, id="a")), (cells_have_ids, lambda cells: cells
           (outputs_are_kept, put(5, source="for i in range(2):\n    print(i)", outputs=[])),
           (outputs_are_clean, put(5, outputs=[STDERR])), (outputs_are_clean, put(5, outputs=[ERROR])),
           (size_is_bounded, put(6, source="x" * MAX_BYTES)), (cells_are_short, put(5, source="x = 1\n" * (MAX_LINES + 1))),
+          (cells_are_short, put(5, source="class A:\n" + "    x = 1\n" * MAX_CLASS)),
           (opens_with_a_promise, put(0, source="# A title\n\n> A promise.\n\nMore.")), (opens_with_a_promise, put(0, source="# A title")),
           (exports_one_module, put(5, source="#| default_exp data")), (exports_one_module, put(3, source="#| default_exp no.such")),
           (exports_one_module, put(4, source="#| export other\nimport os")), (exports_one_module, put(3, source="")),
