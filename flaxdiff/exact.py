@@ -6,219 +6,328 @@
 __all__ = ['Gaussian', 'GaussianMixture', 'FiniteDataset', 'ExactModel']
 
 # %% ../nbs/02_exact.ipynb #88367626
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fastcore.basics import patch
+from jax.core import Tracer
 from jax.scipy.special import log_ndtr, logsumexp
+from jax.typing import ArrayLike
 
-from .utils import per_image
+from .utils import as_key, check_floats, check_positive_int, check_whole, per_image
 
-# %% ../nbs/02_exact.ipynb #cbe61aa9
+# %% ../nbs/02_exact.ipynb #ad9ab5d8
 _dot = partial(jnp.matmul, precision="highest")  # accelerators would round the factors otherwise
 
+def _as_numbers(name, value):
+    "`value` as finite float64; else a `ValueError` that names it."
+    try:
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers, got {value!r}") from None
+    if not np.all(np.isfinite(numbers)):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return numbers
+
+def _check_rate(name, value, images=1, least=-math.inf):
+    "A `ValueError` unless α or σ is finite: one number or one for each image. Of a traced one, the size."
+    if not isinstance(value, Tracer) and np.any(_as_numbers(name, value) < least):
+        raise ValueError(f"{name} must not be negative, got {value}")
+    if np.size(value) not in (1, images):
+        raise ValueError(f"{name} must be one number, or ({images},), one for each image, "
+                         f"got shape {np.shape(value)}")
+
+def _check_level(alpha, sigma, least_variance, dtype, images=1):
+    "A `ValueError` unless α and σ fit, and α² v + σ² is not 0 for v, the least variance of the data."
+    _check_rate("alpha", alpha, images)
+    _check_rate("sigma", sigma, images, 0)
+    if isinstance(alpha, Tracer) or isinstance(sigma, Tracer):
+        return
+    a, s = np.ravel(np.asarray(alpha, np.float64)), np.ravel(np.asarray(sigma, np.float64))
+    limits = jnp.finfo(jnp.result_type(dtype, alpha, sigma))
+    variance = a ** 2 * least_variance + s ** 2
+    if not np.all((variance >= limits.tiny) & (variance <= limits.max)):
+        raise ValueError(f"sigma must leave x_t a width: alpha² · {least_variance:.3g} + sigma² above 0 "
+                         f"and finite in {limits.dtype}, got alpha={alpha} and sigma={sigma}")
+
+def _check_pair(name, pair):
+    "A `ValueError` unless `pair` is (α, σ), one number each; as (α, σ)."
+    try:
+        alpha, sigma = pair
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a pair (alpha, sigma), got {pair!r}") from None
+    _check_rate(f"alpha of {name}", alpha)
+    _check_rate(f"sigma of {name}", sigma, 1, 0)
+    return alpha, sigma
+
+# %% ../nbs/02_exact.ipynb #44e9c21c
+def _principal_axes(cov, D):
+    "(v, U) with Σ = U diag(v) Uᵀ; a `ValueError` where `cov` is no covariance of D numbers."
+    if cov.shape not in ((D,), (D, D)):
+        raise ValueError(f"cov must have shape ({D},) or ({D}, {D}) to fit mean, got {cov.shape}")
+    cov = np.diag(cov) if cov.ndim == 1 else cov
+    if np.abs(cov - cov.T).max() > 1e-5 * np.abs(cov).max():
+        raise ValueError(f"cov must be symmetric, got {cov.tolist() if D < 5 else cov}")
+    variances, basis = np.linalg.eigh(cov)
+    if variances.min() < -1e-12 * max(1, variances.max()):
+        raise ValueError(f"cov must have no negative eigenvalue, got {variances.min():.3g}")
+    return np.maximum(variances, 0), basis
+
+# %% ../nbs/02_exact.ipynb #cbe61aa9
 class Gaussian:
     "Data x₀ ~ N(μ, Σ) in D dimensions; all its noisy versions are Gaussian too."
     def __init__(self,
-                 mean,  # (D,): μ
-                 cov,  # (D, D): Σ; or (D,) variances
+                 mean: ArrayLike,  # (D,): μ
+                 cov: ArrayLike,  # (D, D): Σ; or (D,) variances
                 ):
-        self.mean, cov = np.atleast_1d(np.asarray(mean, np.float64)), np.asarray(cov, np.float64)
-        D = len(self.mean)
-        if cov.shape not in ((D,), (D, D)): raise ValueError(f"cov must have shape ({D},) or ({D}, {D}) to fit mean, got {cov.shape}")
-        self.variances, self.basis = np.linalg.eigh(np.diag(cov) if cov.ndim == 1 else cov)
-        if self.variances.min() < -1e-12: raise ValueError(f"cov must have no negative eigenvalue, got {self.variances.min():.3g}")
-        self.variances = np.maximum(self.variances, 0)
+        self.mean = np.atleast_1d(_as_numbers("mean", mean))
+        if self.mean.ndim != 1 or not self.mean.size:
+            raise ValueError(f"mean must have shape (D,), got {self.mean.shape}")
+        self.variances, self.basis = _principal_axes(_as_numbers("cov", cov), len(self.mean))
 
-    def _scaled(self, x, alpha, scale):
-        "U diag(scale) Uᵀ (x - α μ)."
-        z = _dot(x - alpha * self.mean.astype(x.dtype), self.basis.astype(x.dtype))
-        return _dot(z * scale, self.basis.T.astype(x.dtype))
+    def sample(self,
+               key: jax.Array,  # a JAX random key
+               n: int,  # how many
+              ):
+        "n draws of x₀, (n, D)."
+        z = jax.random.normal(as_key(key), (check_whole("n", n), len(self.mean)))
+        return self.mean.astype(z.dtype) + self._from_axes(z * jnp.sqrt(self.variances).astype(z.dtype))
 
-# %% ../nbs/02_exact.ipynb #1ad472d5
-@patch
-def sample(self: Gaussian,
-           key,  # a JAX random key
-           n,  # how many
-          ):
-    "n draws of x₀, (n, D)."
-    z = jax.random.normal(key, (n, len(self.mean)))
-    return self.mean.astype(z.dtype) + _dot(z * jnp.sqrt(self.variances).astype(z.dtype), self.basis.T.astype(z.dtype))
+    def denoise(self,
+                x: ArrayLike,  # (B, D): x_t
+                alpha: ArrayLike,  # scalar or (B,)
+                sigma: ArrayLike,  # scalar or (B,), above 0 where Σ is singular
+               ):
+        "E[x₀ | x_t] = μ + α Σ (α² Σ + σ²)⁻¹ (x - α μ): linear regression."
+        x, alpha, sigma = self._checked(x, alpha, sigma)
+        v = self.variances.astype(x.dtype)
+        z = self._to_axes(x, alpha) * (alpha * v / (alpha ** 2 * v + sigma ** 2))
+        return self.mean.astype(x.dtype) + self._from_axes(z)
 
-@patch
-def denoise(self: Gaussian,
-            x,  # (B, D): x_t
-            alpha,  # scalar or (B,)
-            sigma,  # scalar or (B,), above 0
-           ):
-    "E[x₀ | x_t] = μ + α Σ (α² Σ + σ²)⁻¹ (x - α μ): linear regression."
-    v, alpha, sigma = self.variances.astype(x.dtype), per_image(alpha, x), per_image(sigma, x)
-    return self.mean.astype(x.dtype) + self._scaled(x, alpha, alpha * v / (alpha ** 2 * v + sigma ** 2))
+    def log_prob(self,
+                 x: ArrayLike,  # (B, D): x_t
+                 alpha: ArrayLike = 1.0,  # scalar or (B,)
+                 sigma: ArrayLike = 0.0,  # scalar or (B,), above 0 where Σ is singular
+                ):
+        "log p_t(x), (B,): x_t ~ N(α μ, α² Σ + σ²)."
+        x, alpha, sigma = self._checked(x, alpha, sigma)
+        v = alpha ** 2 * self.variances.astype(x.dtype) + sigma ** 2
+        return -0.5 * jnp.sum(self._to_axes(x, alpha) ** 2 / v + jnp.log(2 * jnp.pi * v), -1)
 
-# %% ../nbs/02_exact.ipynb #19418a11
-@patch
-def log_prob(self: Gaussian,
-             x,  # (B, D): x_t
-             alpha=1.0,  # scalar
-             sigma=0.0,  # scalar; above 0 where Σ is singular
-            ):
-    "log p_t(x), (B,): x_t ~ N(α μ, α² Σ + σ²)."
-    v = alpha ** 2 * self.variances.astype(x.dtype) + sigma ** 2
-    z = _dot(x - alpha * self.mean.astype(x.dtype), self.basis.astype(x.dtype))
-    return -0.5 * jnp.sum(z ** 2 / v + jnp.log(2 * jnp.pi * v), -1)
+    def ode_solution(self,
+                     x: ArrayLike,  # (B, D): x_t
+                     start: tuple[ArrayLike, ArrayLike],  # (α, σ) at x
+                     end: tuple[ArrayLike, ArrayLike],  # (α, σ) wanted
+                    ):
+        "Where the probability-flow ODE carries x: each principal axis stretches as its own width does."
+        (alpha, sigma), (end_alpha, end_sigma) = _check_pair("start", start), _check_pair("end", end)
+        x, alpha, sigma = self._checked(x, alpha, sigma)
+        v = self.variances.astype(x.dtype)
+        std0 = jnp.sqrt(alpha ** 2 * v + sigma ** 2)
+        std1 = jnp.sqrt(end_alpha ** 2 * v + end_sigma ** 2)
+        z = self._to_axes(x, alpha) * (std1 / std0)
+        return end_alpha * self.mean.astype(x.dtype) + self._from_axes(z)
+
+    def _checked(self, x, alpha, sigma):
+        "(x, α, σ), which fit each other and these data; α and σ as columns beside the rows of x."
+        x = check_floats("x", x)
+        if x.shape[-1] != len(self.mean):
+            raise ValueError(f"x must have shape (B, {len(self.mean)}), got {x.shape}")
+        _check_level(alpha, sigma, self.variances.min(), x.dtype, len(x) if x.ndim > 1 else 1)
+        return x, per_image(alpha, x), per_image(sigma, x)
+
+    def _to_axes(self, x, alpha):
+        "Uᵀ (x - α μ): where x lies on the principal axes."
+        return _dot(x - alpha * self.mean.astype(x.dtype), self.basis.astype(x.dtype))
+
+    def _from_axes(self, z):
+        "U z."
+        return _dot(z, self.basis.T.astype(z.dtype))
+
+# %% ../nbs/02_exact.ipynb #eda1a92d
+def _mixture_arrays(means, stds, weights):
+    "(means (K, D), stds (K,), weights (K,)) as float64; a `ValueError` where they make no mixture."
+    means, stds = _as_numbers("means", means), _as_numbers("stds", stds)
+    if means.ndim not in (1, 2) or not means.size:
+        raise ValueError(f"means must have shape (K, D) or (K,) with K of at least 1, got {means.shape}")
+    K = len(means)
+    if stds.shape not in ((), (1,), (K,)):
+        raise ValueError(f"stds must be one number or ({K},), one for each component, got shape {stds.shape}")
+    if np.any(stds < 0):
+        raise ValueError(f"stds must not be negative, got {stds}")
+    weights = np.full(K, 1 / K) if weights is None else _as_numbers("weights", weights)
+    if weights.shape != (K,) or np.any(weights <= 0) or abs(weights.sum() - 1) > 1e-6:
+        raise ValueError(f"weights must be {K} positive numbers that sum to 1, got {weights}")
+    return means.reshape(K, -1), np.broadcast_to(stds, (K,)), weights
+
+def _as_rows(x, alpha, sigma, D, least_variance):
+    "(x as (rows, D), α and σ as one number a row); a `ValueError` where they do not fit."
+    x = check_floats("x", x)
+    if math.prod(x.shape[1:] or x.shape) % D:
+        raise ValueError(f"x must have shape (B, {D}), or (B, …) in rows of {D} numbers, got {x.shape}")
+    _check_level(alpha, sigma, least_variance, x.dtype, len(x) if x.ndim > 1 or D == 1 else 1)
+    def one_a_row(rate): return jnp.broadcast_to(per_image(rate, x), x.shape).reshape(-1, D)[:, :1]
+    return x.reshape(-1, D), one_a_row(alpha), one_a_row(sigma)
+
+# %% ../nbs/02_exact.ipynb #66588c22
+@jax.jit  # compiled, it stores no (rows, K, D)
+def _square_distances(x, alpha, mu):
+    "|x - α μ_k|², (rows, K), summed term by term: multiplied out it would cancel where σ is small."
+    return jnp.sum((x[:, None] - alpha[..., None] * mu) ** 2, -1)
+
+def _log_tails(x, rates, mu, s, w):
+    "(log P(x_t ≤ x), log P(x_t > x)) on a line, at rates (α, σ); a point of no width counts to its own left."
+    alpha, sigma = rates
+    distance, std = x[..., None] - alpha * mu, jnp.sqrt(alpha ** 2 * s ** 2 + sigma ** 2)
+    z = jnp.where(std > 0, distance / std, jnp.where(distance < 0, -jnp.inf, jnp.inf))
+    return logsumexp(jnp.log(w) + log_ndtr(z), -1), logsumexp(jnp.log(w) + log_ndtr(-z), -1)
+
+@partial(jax.jit, static_argnames="iterations")
+def _same_quantile(x, start, end, mu, s, w, iterations):
+    "The point whose two tails at `end` are those of x at `start`, by bisection."
+    low, high = _log_tails(x, start, mu, s, w)
+    left = low < high  # compare the smaller tail: it holds the digits
+    reach = 40 * jnp.hypot(end[0] * s.max(), end[1])
+    a, b = jnp.full_like(x, end[0] * mu.min()), jnp.full_like(x, end[0] * mu.max())
+    def halve(_, bracket):
+        a, b = bracket
+        m = (a + b) / 2
+        m_low, m_high = _log_tails(m, end, mu, s, w)
+        right = jnp.where(left, m_low < low, m_high > high)
+        return jnp.where(right, m, a), jnp.where(right, b, m)
+    a, b = jax.lax.fori_loop(0, iterations, halve, (a - reach, b + reach))
+    return (a + b) / 2
 
 # %% ../nbs/02_exact.ipynb #db7591be
 class GaussianMixture:
     "Data from K round Gaussians in D dimensions; with D = 1 every entry of an array is a draw of its own."
     def __init__(self,
-                 means,  # (K, D), or (K,) for D = 1
-                 stds,  # (K,), or one for all; 0 is a point
-                 weights=None,  # (K,), summing to 1; equal by default
+                 means: ArrayLike,  # (K, D), or (K,) for D = 1
+                 stds: ArrayLike,  # (K,), or one for all; 0 is a point
+                 weights: ArrayLike | None = None,  # (K,), summing to 1; equal by default
                 ):
-        means = np.asarray(means, np.float64)
-        self.means = means[:, None] if means.ndim == 1 else means
-        if self.means.ndim != 2 or not len(means): raise ValueError(f"means must have shape (K, D) or (K,) with K of at least 1, got {means.shape}")
-        K = len(self.means)
-        self.stds = np.broadcast_to(np.asarray(stds, np.float64), (K,))
-        self.weights = np.full(K, 1 / K) if weights is None else np.asarray(weights, np.float64)
-        if np.any(self.stds < 0): raise ValueError(f"stds must not be negative, got {stds}")
-        if self.weights.shape != (K,) or np.any(self.weights <= 0) or abs(self.weights.sum() - 1) > 1e-6:
-            raise ValueError(f"weights must be {K} positive numbers that sum to 1, got {weights}")
+        self.means, self.stds, self.weights = _mixture_arrays(means, stds, weights)
 
-    def _rows(self, x, *others):
-        "x as (rows, D), and each of `others` as one value a row."
-        rows = x.reshape(-1, self.means.shape[1])
-        return rows, *(jnp.broadcast_to(per_image(o, x), x.shape).reshape(rows.shape)[:, :1] for o in others)
+    def sample(self,
+               key: jax.Array,  # a JAX random key
+               n: int,  # how many
+              ):
+        "n draws of x₀, (n, D)."
+        which, noise = jax.random.split(as_key(key))
+        z = jax.random.normal(noise, (check_whole("n", n), self.means.shape[1]))
+        k = jax.random.choice(which, len(self.weights), (n,), p=jnp.asarray(self.weights))
+        return jnp.asarray(self.means, z.dtype)[k] + jnp.asarray(self.stds, z.dtype)[k, None] * z
 
-# %% ../nbs/02_exact.ipynb #cbadea8b
-@jax.jit
-def _square_distances(x, alpha, mu):
-    "|x - α μ_k|², (rows, K), term by term: multiplied out it would cancel where σ is small. Compiled, it stores no (rows, K, D)."
-    return jnp.sum((x[:, None] - alpha[..., None] * mu) ** 2, -1)
+    def denoise(self,
+                x: ArrayLike,  # (B, …): x_t; its entries in rows of D
+                alpha: ArrayLike,  # scalar or (B,)
+                sigma: ArrayLike,  # scalar or (B,), above 0 where a component is a point
+               ):
+        "E[x₀ | x_t]: each component's own answer, weighted by how likely it made x."
+        rows, a, s = self._rows(x, alpha, sigma)
+        r = jax.nn.softmax(self._log_joint(rows, a, s), -1)
+        v, mu = jnp.asarray(self.stds, rows.dtype) ** 2, jnp.asarray(self.means, rows.dtype)
+        q = r / (a ** 2 * v + s ** 2)
+        return (_dot(s ** 2 * q, mu) + a * _dot(q, v)[:, None] * rows).reshape(jnp.shape(x))
 
-@patch
-def _log_joint(self: GaussianMixture, x, alpha, sigma):
-    "log w_k N(x; α μ_k, α² s_k² + σ²), (rows, K), for x (rows, D)."
-    mu, s, w = (jnp.asarray(v, x.dtype) for v in (self.means, self.stds, self.weights))
-    var = alpha ** 2 * s ** 2 + sigma ** 2
-    return jnp.log(w) - 0.5 * (_square_distances(x, alpha, mu) / var + mu.shape[1] * jnp.log(2 * jnp.pi * var))
-
-@patch
-def denoise(self: GaussianMixture,
-            x,  # (B, …): x_t; its entries in rows of D
-            alpha,  # scalar or (B,)
-            sigma,  # scalar or (B,), above 0
-           ):
-    "E[x₀ | x_t]: each component's own answer, weighted by how likely it made x."
-    rows, a, s = self._rows(x, alpha, sigma)
-    r = jax.nn.softmax(self._log_joint(rows, a, s), -1)
-    v, mu = jnp.asarray(self.stds, x.dtype) ** 2, jnp.asarray(self.means, x.dtype)
-    q = r / (a ** 2 * v + s ** 2)
-    return (_dot(s ** 2 * q, mu) + a * _dot(q, v)[:, None] * rows).reshape(x.shape)
-
-# %% ../nbs/02_exact.ipynb #966a6ec7
-@patch
-def log_prob(self: GaussianMixture,
-             x,  # (rows, D): x_t
-             alpha=1.0,  # scalar
-             sigma=0.0,  # scalar; above 0 where a component is a point
-            ):
-    "log p_t(x), (rows,)."
-    rows, a, s = self._rows(x, alpha, sigma)
-    return logsumexp(self._log_joint(rows, a, s), -1)
-
-@patch
-def sample(self: GaussianMixture,
-           key,  # a JAX random key
-           n,  # how many
-          ):
-    "n draws of x₀, (n, D)."
-    which, noise = jax.random.split(key)
-    z = jax.random.normal(noise, (n, self.means.shape[1]))
-    k = jax.random.choice(which, len(self.weights), (n,), p=jnp.asarray(self.weights))
-    return jnp.asarray(self.means, z.dtype)[k] + jnp.asarray(self.stds, z.dtype)[k, None] * z
-
-# %% ../nbs/02_exact.ipynb #66588c22
-@patch
-def log_tails(self: GaussianMixture,
-              x,  # any shape; D must be 1
-              alpha=1.0,  # scalar
-              sigma=0.0,  # scalar
-             ):
-    "(log P(x_t ≤ x), log P(x_t > x)), each of x's shape; both, so that neither tail is lost."
-    mu, s, w = (jnp.asarray(v, x.dtype) for v in (self.means[:, 0], self.stds, self.weights))
-    z = (x[..., None] - alpha * mu) / jnp.sqrt(alpha ** 2 * s ** 2 + sigma ** 2)
-    return logsumexp(jnp.log(w) + log_ndtr(z), -1), logsumexp(jnp.log(w) + log_ndtr(-z), -1)
-
-@partial(jax.jit, static_argnames=("data", "iterations"))
-def _same_quantile(data, x, start, end, iterations):
-    "The point whose two tails at `end` are those of x at `start`, by bisection."
-    low, high = data.log_tails(x, *start)
-    left = low < high  # compare the smaller tail: it holds the digits
-    reach = 40 * jnp.hypot(end[0] * data.stds.max(), end[1])
-    a, b = (jnp.full_like(x, end[0] * edge) for edge in (data.means.min(), data.means.max()))
-    def halve(_, ab):
-        m = (ab[0] + ab[1]) / 2
-        lo, hi = data.log_tails(m, *end)
-        up = jnp.where(left, lo < low, hi > high)
-        return jnp.where(up, m, ab[0]), jnp.where(up, ab[1], m)
-    return sum(jax.lax.fori_loop(0, iterations, halve, (a - reach, b + reach))) / 2
-
-# %% ../nbs/02_exact.ipynb #3ea9912e
-@patch
-def ode_solution(self: Gaussian,
-                 x,  # (B, D): x_t
-                 start,  # (α, σ) at x
-                 end,  # (α, σ) wanted
+    def log_prob(self,
+                 x: ArrayLike,  # (rows, D): x_t
+                 alpha: ArrayLike = 1.0,  # scalar or (rows,)
+                 sigma: ArrayLike = 0.0,  # scalar or (rows,), above 0 where a component is a point
                 ):
-    "Where the probability-flow ODE carries x: each principal axis stretches as its standard deviation does."
-    v = self.variances.astype(x.dtype)
-    std0, std1 = (jnp.sqrt(a ** 2 * v + s ** 2) for a, s in (start, end))
-    return end[0] * self.mean.astype(x.dtype) + self._scaled(x, start[0], std1 / std0)
+        "log p_t(x), (rows,)."
+        return logsumexp(self._log_joint(*self._rows(x, alpha, sigma)), -1)
 
-@patch
-def ode_solution(self: GaussianMixture,
-                 x,  # any shape: x_t; D must be 1
-                 start,  # (α, σ) at x
-                 end,  # (α, σ) wanted
-                 iterations=100,  # halvings of the bracket
-                ):
-    "Where the probability-flow ODE carries x: in 1-D paths cannot cross, so x keeps its quantile."
-    if self.means.shape[1] != 1: raise ValueError(f"ode_solution needs a mixture in 1 dimension, got {self.means.shape[1]}")
-    return _same_quantile(self, x, start, end, iterations)
+    def log_tails(self,
+                  x: ArrayLike,  # any shape; D must be 1
+                  alpha: ArrayLike = 1.0,  # scalar
+                  sigma: ArrayLike = 0.0,  # scalar
+                 ):
+        "(log P(x_t ≤ x), log P(x_t > x)), each of x's shape; both, so that neither tail is lost."
+        x, arrays = self._on_a_line(x)
+        return _log_tails(x, _check_pair("log_tails", (alpha, sigma)), *arrays)
+
+    def ode_solution(self,
+                     x: ArrayLike,  # any shape: x_t; D must be 1
+                     start: tuple[ArrayLike, ArrayLike],  # (α, σ) at x
+                     end: tuple[ArrayLike, ArrayLike],  # (α, σ) wanted
+                     iterations: int = 100,  # halvings of the bracket
+                    ):
+        "Where the probability-flow ODE carries x: in 1-D paths cannot cross, so x keeps its quantile."
+        x, arrays = self._on_a_line(x)
+        start, end = _check_pair("start", start), _check_pair("end", end)
+        _check_level(*start, self.stds.min() ** 2, x.dtype)
+        return _same_quantile(x, start, end, *arrays, check_positive_int("iterations", iterations))
+
+    def _rows(self, x, alpha, sigma):
+        "x in rows of D, and α and σ as one number a row."
+        return _as_rows(x, alpha, sigma, self.means.shape[1], self.stds.min() ** 2)
+
+    def _log_joint(self, x, alpha, sigma):
+        "log w_k N(x; α μ_k, α² s_k² + σ²), (rows, K), for x (rows, D)."
+        mu, s, w = (jnp.asarray(v, x.dtype) for v in (self.means, self.stds, self.weights))
+        var = alpha ** 2 * s ** 2 + sigma ** 2
+        distances = _square_distances(x, alpha, mu)
+        return jnp.log(w) - 0.5 * (distances / var + mu.shape[1] * jnp.log(2 * jnp.pi * var))
+
+    def _on_a_line(self, x):
+        "(x, (means, stds, weights)) of one float dtype; a `ValueError` in more dimensions than one."
+        if self.means.shape[1] != 1:
+            raise ValueError("this needs means in 1 dimension: only a line has a left and a right; "
+                             f"got {self.means.shape[1]}")
+        x = jnp.asarray(x)
+        check_floats("x", jnp.atleast_1d(x))
+        return x, tuple(jnp.asarray(v, x.dtype) for v in (self.means[:, 0], self.stds, self.weights))
 
 # %% ../nbs/02_exact.ipynb #a0adab0f
 class FiniteDataset(GaussianMixture):
-    "A data set that is all there is: M points of equal weight, each with no width (Karras et al. 2022, appendix B.3)."
+    "A data set that is all there is: M points of equal weight (Karras et al. 2022, appendix B.3)."
     def __init__(self,
-                 points,  # (M, …): the examples
+                 points: ArrayLike,  # (M, …): the examples
                 ):
-        points = np.asarray(points, np.float64)
-        if not points.size: raise ValueError(f"points must hold at least one example, got shape {points.shape}")
-        super().__init__(points.reshape(len(points), -1), 0.0)
+        numbers = _as_numbers("points", points)
+        if not numbers.ndim or not numbers.size:
+            raise ValueError(f"points must hold at least one example, (M, …), got shape {numbers.shape}")
+        super().__init__(numbers.reshape(len(numbers), -1), 0.0)
 
 # %% ../nbs/02_exact.ipynb #0eb0e705
+def _check_has(name, value, *methods):
+    "A `ValueError` unless `value` is an object with these methods: not a class, nor something else."
+    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
+        raise ValueError(f"{name} must be an object with the methods {', '.join(methods)}, got {value!r}")
+
 class ExactModel:
-    "A perfect network: called like one, it answers what `predictor` would be trained to, from `data`'s own denoiser."
+    "A perfect network: called like one, it answers what `predictor` would be trained to."
     def __init__(self,
-                 data,  # a `Gaussian`, `GaussianMixture` or `FiniteDataset`
-                 noise_schedule,  # a `NoiseScheduler`
-                 predictor,  # a `DiffusionPredictionTransform`
-                 image_shape=None,  # (H, W, C), for samplers that are not told a size
+                 data: Any,  # a `Gaussian`, `GaussianMixture` or `FiniteDataset`
+                 noise_schedule: Any,  # a `NoiseScheduler`
+                 predictor: Any,  # a `DiffusionPredictionTransform`
+                 image_shape: tuple[int, ...] | None = None,  # (H, W, C), where samplers are given no size
                 ):
-        if not callable(getattr(data, "denoise", None)): raise ValueError(f"data must have a method denoise(x, alpha, sigma), got {data!r}")
-        self.data, self.noise_schedule, self.predictor, self.image_shape = data, noise_schedule, predictor, image_shape
+        _check_has("data", data, "denoise")
+        _check_has("noise_schedule", noise_schedule, "alpha", "sigma", "from_network_time")
+        _check_has("predictor", predictor, "get_target", "get_input_scale")
+        for n in () if image_shape is None else np.atleast_1d(image_shape).tolist():
+            check_positive_int("image_shape", n)
+        self.data = data
+        self.noise_schedule = noise_schedule
+        self.predictor = predictor
+        self.image_shape = image_shape
 
     def apply(self,
-              params,  # not used: nothing was learned
-              x,  # (B, …): x_t times the predictor's input scale
-              temb,  # (B,): the schedule's `network_time`
-             ):
+              params: Any,  # not used: nothing was learned
+              x: ArrayLike,  # (B, …): x_t times the predictor's input scale
+              temb: ArrayLike,  # (B,): the schedule's `network_time`
+             ) -> jax.Array:
         "The output F, the shape of x."
+        x = check_floats("x", x)
+        _check_rate("temb", temb, len(x))
         t = self.noise_schedule.from_network_time(temb)
-        alpha, sigma = (per_image(v, x).astype(x.dtype) for v in (self.noise_schedule.alpha(t), self.noise_schedule.sigma(t)))
-        x = x / self.predictor.get_input_scale(alpha, sigma)
-        x0 = self.data.denoise(x.reshape(len(x), -1), alpha.ravel(), sigma.ravel()).reshape(x.shape)
-        return self.predictor.get_target(x0, (x - alpha * x0) / sigma, alpha, sigma)
+        alpha = per_image(self.noise_schedule.alpha(t), x).astype(x.dtype)
+        sigma = per_image(self.noise_schedule.sigma(t), x).astype(x.dtype)
+        xt = x / self.predictor.get_input_scale(alpha, sigma)
+        x0 = self.data.denoise(xt.reshape(len(xt), -1), alpha.ravel(), sigma.ravel()).reshape(xt.shape)
+        return self.predictor.get_target(x0, (xt - alpha * x0) / sigma, alpha, sigma)

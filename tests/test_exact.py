@@ -1,4 +1,7 @@
 """Laws of the data whose denoiser is known: Bayes, Tweedie and the ODE must all say the same."""
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +143,123 @@ def test_bad_arguments_are_refused():
                         (lambda: GaussianMixture([0.0, 1.0], 1.0, [0.0, 1.0]), "weights"),
                         (lambda: WIDE.ode_solution(jnp.ones((2, 2)), (1, 1), (1, 0.5)), "dimension")):
         with pytest.raises(ValueError, match=name): build()
+
+
+def refused(match, call, *args, **kwargs):
+    with pytest.raises(ValueError, match=match): call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, "a"])
+def test_numbers_that_are_none_are_refused(bad):
+    "Each argument of each kind of data, by its own name."
+    refused("^mean ", Gaussian, [0.0, bad], [1.0, 1.0])
+    refused("^cov ", Gaussian, [0.0, 0.0], [1.0, bad])
+    refused("^cov ", Gaussian, [0.0, 0.0], [[1.0, bad], [bad, 1.0]])
+    refused("^means ", GaussianMixture, [0.0, bad], 1.0)
+    refused("^stds ", GaussianMixture, [0.0, 1.0], [bad, 1.0])
+    refused("^weights ", GaussianMixture, [0.0, 1.0], 1.0, [bad, 1.0])
+    refused("^points ", FiniteDataset, [[0.0, bad]])
+
+
+def test_data_of_no_shape_are_refused():
+    refused("^cov must be symmetric", Gaussian, [0, 0], [[1, 5], [0, 1]])
+    refused("^mean must have shape", Gaussian, [[0.0, 1.0]], [1.0])
+    refused("^means must have shape", GaussianMixture, 0.0, 1.0)
+    refused("^means must have shape", GaussianMixture, [[]], 1.0)
+    refused("^stds must be", GaussianMixture, [0.0, 1.0], [1.0, 1.0, 1.0])
+    refused("^points must", FiniteDataset, 3.0)
+    rounded = np.float32(COV) @ np.float32(np.eye(3)) * (1 + 1e-7 * np.triu(np.ones((3, 3))))
+    assert np.allclose(Gaussian([0, 0, 0], rounded).variances, GAUSSIAN.variances), "what rounding leaves is symmetric enough"
+
+
+@over(which=DATA)
+@pytest.mark.parametrize("method", ["denoise", "log_prob"])
+def test_levels_and_points_that_do_not_fit_are_refused(which, method):
+    data, D = which
+    call, x = getattr(data, method), jnp.ones((4, D))
+    refused("^x must be floating point", call, jnp.ones((4, D), int), 1.0, 0.5)
+    if D > 1: refused("^x must have shape", call, jnp.ones((4, D + 1)), 1.0, 0.5)
+    for name, levels in (("alpha", [(np.nan, 0.5), ("a", 0.5), (np.ones(3), 0.5), (np.array([1, 1, np.inf, 1]), 0.5)]),
+                         ("sigma", [(1.0, np.nan), (1.0, np.inf), (1.0, -0.5), (1.0, np.ones(3)), (0.0, 0.0), (1.0, np.full(4, np.nan))])):
+        for level in levels: refused(f"^{name} must", call, x, *level)
+    assert np.all(np.isfinite(call(x, np.ones(4), np.ones((4, 1))))), "one number for each image, however it is shaped"
+    np.testing.assert_allclose(call(x, np.ones(4), np.full(4, 0.5)), call(x, 1.0, 0.5), rtol=1e-6)
+    jax.jit(call)(x, np.nan, np.nan)  # traced values cannot be looked at
+    refused("^alpha must", jax.jit(call), x, np.ones(3), 0.5)
+
+
+def test_no_noise_where_the_data_have_no_width_is_refused():
+    flat, x = Gaussian([0.0, 0.0], [1.0, 0.0]), jnp.ones((1, 2))
+    for data in (flat, POINTS, GaussianMixture([[0.0, 0.0], [1.0, 1.0]], [0.0, 1.0])):
+        for call in (data.denoise, data.log_prob):
+            for sigma in (0.0, 1e-30): refused("^sigma must leave x_t a width", call, x, 1.0, sigma)  # its square is 0 in float32
+    refused("^sigma must leave", FiniteDataset([0.0, 1.0]).ode_solution, x, (1.0, 0.0), (1.0, 1.0))
+    refused("^sigma must leave", flat.ode_solution, x, (1.0, 0.0), (1.0, 1.0))
+    for data in (WIDE, Gaussian([0.0, 0.0], [1.0, 1.0])):
+        assert np.all(np.isfinite(data.denoise(x, 1.0, 0.0))) and np.isfinite(data.log_prob(x)).all()
+
+
+def test_tails_of_points_without_noise_are_counts():
+    "P(X ≤ x) of three equal points at, between and beyond them; the path ends on a point."
+    low, high = FiniteDataset([0.0, 1.0, 2.0]).log_tails(jnp.array([-1.0, 0.0, 0.5, 2.0]))
+    np.testing.assert_allclose(np.exp(low), [0, 1 / 3, 1 / 3, 1], atol=1e-6)
+    np.testing.assert_allclose(np.exp(high), [1, 2 / 3, 2 / 3, 0], atol=1e-6)
+    end = FiniteDataset([-1.0, 1.0]).ode_solution(jnp.array([-3.0, -0.1, 0.2, 4.0]), (1.0, 3.0), (1.0, 0.0))
+    np.testing.assert_allclose(end, [-1, -1, 1, 1], atol=1e-5)
+
+
+@over(which={"gaussian": Gaussian([0.4], [0.3]), "line": MIXTURE})
+def test_paths_that_do_not_fit_are_refused(which):
+    x, ok = jnp.ones((3, 1)), (1.0, 0.5)
+    for bad in ((1.0, np.nan), (np.inf, 1.0), (1.0, -1.0), (1.0,), 1.0, (1.0, 0.5, 0.2), (np.ones(3), 1.0)):
+        refused("start", which.ode_solution, x, bad, ok)
+        refused("end", which.ode_solution, x, ok, bad)
+    refused("^x must", which.ode_solution, jnp.ones((3, 1), int), ok, ok)
+    traced = jax.jit(lambda alpha, sigma: which.ode_solution(x, (alpha, sigma), ok))(1.0, 2.0)
+    np.testing.assert_allclose(traced, which.ode_solution(x, (1.0, 2.0), ok), rtol=1e-5)
+    for n in (2.5, -1, "3", True): refused("^n must", which.sample, jax.random.PRNGKey(0), n)
+    assert which.sample(jax.random.PRNGKey(0), np.int64(3)).shape == (3, 1) and which.sample(jax.random.PRNGKey(0), 0).shape == (0, 1)
+
+
+def test_a_line_alone_has_tails():
+    for n in (0, -1, 2.5): refused("^iterations must", MIXTURE.ode_solution, jnp.ones(3), (1.0, 1.0), (1.0, 0.5), n)
+    refused("dimension", WIDE.log_tails, jnp.ones((2, 2)))
+    for level in ((np.nan, 1.0), (1.0, -1.0), (np.ones(2), 1.0)): refused("log_tails", MIXTURE.log_tails, jnp.ones(2), *level)
+
+
+def test_ode_solution_lets_go_of_its_data():
+    "Nothing of a mixture stays alive after it: no object, no array more with each."
+    def one(seed):
+        data = GaussianMixture(np.random.default_rng(seed).normal(size=50), 0.1)
+        data.ode_solution(jnp.ones(3), (1.0, 1.0), (1.0, 0.5)).block_until_ready()
+        return weakref.ref(data)
+    seen, counts = [], []
+    for seed in range(3):
+        seen.append(one(seed))
+        gc.collect()
+        counts.append(len(jax.live_arrays()))
+    assert [ref() for ref in seen] == [None] * 3 and counts[0] == counts[1] == counts[2]
+
+
+def test_exact_model_refuses_what_is_no_process_no_predictor_and_no_picture():
+    schedule, predictor = SCHEDULES["EDMNoiseScheduler"], PREDICTORS["VPredictor"]
+    for args, name in (((WIDE.denoise, schedule, predictor), "data"), ((GaussianMixture, schedule, predictor), "data"),
+                       ((WIDE, predictor, predictor), "noise_schedule"), ((WIDE, type(schedule), predictor), "noise_schedule"), ((WIDE, 3, predictor), "noise_schedule"),
+                       ((WIDE, schedule, schedule), "predictor"), ((WIDE, schedule, type(predictor)), "predictor"), ((WIDE, schedule, None), "predictor"),
+                       ((WIDE, schedule, predictor, (1, 2.5, 1)), "image_shape"), ((WIDE, schedule, predictor, "ab"), "image_shape"), ((WIDE, schedule, predictor, (1, 0)), "image_shape")):
+        refused(f"^{name} must", ExactModel, *args)
+    model, temb = ExactModel(WIDE, schedule, predictor), schedule.network_time(np.full(3, 0.5, np.float32))
+    refused("^x must be floating point", model.apply, None, np.ones((3, 2), np.uint8), temb)
+    refused("^temb must", model.apply, None, np.ones((3, 2), np.float32), temb[:2])
+    refused("^temb must be finite", model.apply, None, np.ones((3, 2), np.float32), temb.at[0].set(jnp.nan))
+    refused("^x must have shape", model.apply, None, np.ones((2, 3), np.float32), temb[:2])
+
+
+def test_exact_model_is_the_same_compiled(x64):
+    schedule = SCHEDULES["CosineContinuousNoiseScheduler"]
+    x, temb = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 2, 1))), schedule.network_time(jnp.array([0.2, 0.5, 0.9]))
+    for data in (WIDE, POINTS, Gaussian([0.3, -0.2], [[1.0, 0.6], [0.6, 0.5]])):
+        model = ExactModel(data, schedule, PREDICTORS["VPredictor"])
+        once, compiled = model.apply(None, x, temb), jax.jit(lambda x, temb: model.apply(None, x, temb))(x, temb)
+        assert once.dtype == compiled.dtype == jnp.float64
+        np.testing.assert_allclose(once, compiled, rtol=1e-12, atol=1e-13)
