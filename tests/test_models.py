@@ -326,7 +326,26 @@ def test_bad_fields_are_refused():
     for fields, name in ((dict(attention_configs=({"heads": 4, "flash": True},)), "flash"), (dict(attention_configs=({"head": 4},)), "attention_configs"),
                          (dict(attention_configs=({"heads": 4},) * 6), "attention_configs"), (dict(feature_depths=()), "feature_depths"),
                          (dict(feature_depths=(8, 0)), "feature_depths"), (dict(num_res_blocks=0), "num_res_blocks"), (dict(num_middle_res_blocks=-1), "num_middle_res_blocks"),
-                         (dict(output_channels=0), "output_channels"), (dict(emb_features=2.5), "emb_features"), (dict(norm_groups=0), "norm_groups")):
+                         (dict(output_channels=0), "output_channels"), (dict(remat="no"), "remat"), (dict(remat=1), "remat"), (dict(emb_features=2.5), "emb_features"), (dict(norm_groups=0), "norm_groups")):
         with pytest.raises(ValueError, match=name): SimpleUNet(**fields)
     with pytest.raises(ValueError, match="heads"): unet.__wrapped__(attention_configs=({"heads": 3},))
     with pytest.raises(ValueError, match="groups must divide the 8 channels, got 3"): jax.eval_shape(GroupNorm(3).init, jax.random.PRNGKey(0), np.ones((1, 2, 2, 8)))
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    "Bytes above all: a network would take 0 to 255 for the range [-1, 1]."
+    model, (x, temb) = SimpleUNet(**TINY), inputs()
+    def refused(match, *args, **kwargs):
+        with pytest.raises(ValueError, match=match): jax.eval_shape(lambda *a: model.init(jax.random.PRNGKey(0), *a, **kwargs), *args)
+    refused("^x must be floating point.*uint8", x.astype(np.uint8), temb)
+    refused("^x must be floating point.*int32", x.astype(np.int32), temb)
+    refused("^x must have shape", x[0], temb)
+    refused("^temb must have shape", x, temb[:1])
+    refused("^temb must have shape", x, temb[0])
+    refused("^textcontext must have shape", x, temb, with_text((1, 3, 5)))
+    refused("^augment must have shape", x, temb, augment=np.zeros((2, 8), np.float32))
+    refused("^augment must have shape", x, temb, augment=np.zeros((1, 9), np.float32))
+    with pytest.raises(ValueError, match="^textcontext needs attention"):
+        jax.eval_shape(lambda *a: model.clone(attention_configs=()).init(jax.random.PRNGKey(0), *a), x, temb, with_text())
+    for dtype in (np.float16, jnp.bfloat16):
+        assert jax.eval_shape(lambda *a: model.init_with_output(jax.random.PRNGKey(0), *a)[0], x.astype(dtype), temb).dtype == jnp.float32
