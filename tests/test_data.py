@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from sklearn import datasets
 
-from flaxdiff import data as module
-from flaxdiff.data import (FileStream, ImageFolder, ImageStream, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
+from flaxdiff.data import stream
+from flaxdiff.data import tfds as module
+from flaxdiff.data import (FileStream, ImageFolder, ImageStream, PrepareImage, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
                            draw_augmentation, get_dataset, load_digits, prefetch_to_device, warp_image)
 
 # Pictures of which only the middle square has the colour (10 i, 200, 255 - 10 i); all around it is black.
@@ -192,6 +193,77 @@ def test_images_are_float32_in_range_and_labels_int32(opened):
     (dict(split="valid"), "split"), (dict(split=3), "split"), (dict(split=None), "split")])
 def test_bad_arguments_are_named(name, bad, word, folders):
     with pytest.raises(ValueError, match=f"^{word} must"): get_dataset(name, **{"data_dir": folders[0], **bad})
+
+
+@pytest.mark.parametrize("name", ["digits", "tiny_pictures", "folder"])
+@pytest.mark.parametrize("bad, word", [
+    (dict(labels="no"), "labels must be True or False, got 'no'"), (dict(labels=None), "labels must be True or False"),
+    (dict(captions="no"), "captions must be True or False, got 'no'"), (dict(captions=0), "captions must be True or False"),
+    (dict(max_damaged=-5), "max_damaged must be a whole number of at least 0, got -5"), (dict(max_damaged=1.5), "max_damaged must"),
+    (dict(max_damaged=True), "max_damaged must"), (dict(data_dir=5), "data_dir must"), (dict(max_damaged=np.nan), "max_damaged must"),
+    (dict(batch_size=np.nan), "batch_size must"), (dict(image_scale=np.nan), "image_scale must"), (dict(image_scale=-8), "image_scale must"),
+    (dict(channels=np.nan), "channels must"), (dict(channels="3"), "channels must"), (dict(channels=3.0), "channels must"),
+    (dict(seed=np.nan), "seed must"), (dict(seed=True), "seed must"), (dict(seed=2 ** 32), "seed must"), (dict(host=np.nan, hosts=2), "host must")])
+def test_no_kind_of_data_takes_a_word_for_a_flag_or_nonsense_for_a_number(name, bad, word, request, monkeypatch):
+    monkeypatch.setattr(module, "find_tfds", FIND)
+    where = {} if name == "folder" else {"data_dir": request.getfixturevalue("folders")[0]}
+    name = f"folder:{request.getfixturevalue('pictures')}" if name == "folder" else name
+    with pytest.raises(ValueError, match=f"^{word}"): get_dataset(name, **{**where, **bad})
+
+
+def test_the_parts_check_their_flags_and_numbers_too(pictures):
+    images = np.zeros((3, 8, 8, 1), np.float32)
+    for words, make in (("with_labels must be True or False", lambda: ImageStream(images, np.zeros(3), 1, with_labels="no")),
+                        ("with_labels must be True or False", lambda: PrepareImage(8, 3, with_labels="no")),
+                        ("with_text must be True or False", lambda: PrepareImage(8, 3, with_text="no")),
+                        ("image_scale must", lambda: PrepareImage(np.nan, 3)), ("channels must", lambda: PrepareImage(8, 2)),
+                        ("labels must be True or False", lambda: ImageFolder(pictures, labels="no")),
+                        ("captions must be True or False", lambda: ImageFolder(pictures, captions="no")),
+                        ("labels must be True or False", lambda: module.find_tfds("tiny_pictures", labels="no")),
+                        ("threads must", lambda: FileStream(images, lambda x: x, 1, threads=0)),
+                        ("image_scale must", lambda: load_digits(-1)), ("channels must", lambda: load_digits(8, np.nan))):
+        with pytest.raises(ValueError, match=f"^{words}"): make()
+    assert PrepareImage(np.int64(8), np.int64(3)).channels == 3 and PrepareImage(8, 3, np.True_).with_labels is True
+
+
+def test_a_folder_that_is_not_there_is_not_ignored_for_the_digits(tmp_path):
+    with pytest.raises(ValueError, match="^data_dir must be None for the digits.*'/nope'"): get_dataset("digits", data_dir="/nope")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^data_dir must"): get_dataset("digits", data_dir=tmp_path / "file")
+    assert get_dataset("digits", data_dir=str(tmp_path), max_damaged=0)[1] == 1797  # one call for every kind of data, as scripts make
+
+
+def test_whole_numbers_are_no_images():
+    for dtype in (np.uint8, np.int32, bool):
+        with pytest.raises(ValueError, match="^images must be floating point in \\[-1, 1\\], got .*127.5 - 1"): ImageStream(np.zeros((3, 8, 8, 1), dtype), None, 1)
+    for images in (np.zeros((3, 8, 8, 1), np.float16), jnp.zeros((3, 8, 8, 1), jnp.bfloat16), np.arange(3)):  # the last: places of a line
+        assert len(next(ImageStream(images, None, 2))) == 2
+    pytest.importorskip("grain")
+    stored = np.full((3, 8, 8, 1), 255, np.uint8)  # bytes on disk, which the transform makes images of
+    assert next(FileStream(stored, lambda x: x / np.float32(127.5) - 1, 2)).max() == 1
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_its_size(monkeypatch, pictures):
+    monkeypatch.setattr(stream, "machine_memory", lambda: 8_000_000_000)
+    with pytest.raises(ValueError, match="^image_scale must be smaller: 1,797 digits of 3000×3000×1 .* would take 194.1 GB of memory, and this machine has 8.0 GB"):
+        get_dataset("digits", image_scale=3000)
+    for name in ("digits", f"folder:{pictures}"):
+        with pytest.raises(ValueError, match="^batch_size.* must be smaller: .* GB of memory"): get_dataset(name, batch_size=10 ** 12)
+    with pytest.raises(ValueError, match="image_scale must be smaller: a batch of 16 pictures of 20000×20000×3 .* 76.8 GB"): get_dataset(f"folder:{pictures}", image_scale=20_000)
+    monkeypatch.setattr(stream, "machine_memory", lambda: None)  # a system that does not say
+    assert get_dataset("digits", image_scale=9)[1] == 1797
+    monkeypatch.undo()
+    assert 1e8 < stream.machine_memory() < 1e15
+
+
+@pytest.mark.parametrize("position", [-5, np.nan, 1.5, None, "0", True, [0]])
+def test_a_place_in_a_state_is_a_whole_number(opened, position):
+    data = opened[0]()
+    next(data)
+    with pytest.raises(ValueError, match="state"): data.set_state({**data.get_state(), "position": position})
+    for state in (None, 5, {}, [0]):
+        with pytest.raises(ValueError, match="^state must"): data.set_state(state)
+    assert data.get_state()["position"] == 5
 
 
 @pytest.mark.parametrize("name", [None, 5, b"digits"])
@@ -623,7 +695,11 @@ def test_prefetching_a_plain_iterator():
     data = prefetch_to_device(breaks(), ahead=4)
     assert len(take(data, 2)) == 2  # what was good is handed out first
     with pytest.raises(OSError, match="gone"): next(data)
-    with pytest.raises(ValueError, match="^ahead must"): prefetch_to_device(batches, ahead=0)
+    for bad in (0, 1.5, True, np.nan, "2"):
+        with pytest.raises(ValueError, match="^ahead must"): prefetch_to_device(batches, ahead=bad)
+    for bad in ("cpu", 0, True, jax.devices()):
+        with pytest.raises(ValueError, match="^place must"): prefetch_to_device(batches, place=bad)
+    with pytest.raises(ValueError, match="^data must"): prefetch_to_device(5)
 
 
 def test_an_error_ahead_does_not_move_the_state(broken):
@@ -776,6 +852,31 @@ def test_an_image_depends_on_its_own_key_alone_and_keeps_its_type():
     assert np.array_equal(traced(0.0), images[0])
 
 
-@pytest.mark.parametrize("bad, word", [(dict(probability=-0.1), "probability"), (dict(probability=12), "probability"), (dict(mirror=1.5), "mirror")])
+@pytest.mark.parametrize("bad, word", [(dict(probability=-0.1), "probability"), (dict(probability=12), "probability"), (dict(mirror=1.5), "mirror"),
+                                       (dict(probability=np.nan), "probability"), (dict(probability="no"), "probability"), (dict(mirror=True), "mirror"), (dict(mirror=None), "mirror")])
 def test_bad_probabilities_are_named(bad, word):
     with pytest.raises(ValueError, match=f"^{word} must lie in"): augment_image(jax.random.PRNGKey(0), noise((4, 4, 1)), **bad)
+
+
+def test_what_is_no_image_and_no_augmentation_is_named():
+    key, image = jax.random.PRNGKey(0), noise((4, 4, 1))
+    for bad in ((image * 127).astype(jnp.uint8), np.zeros((4, 4, 1), bool)):
+        with pytest.raises(ValueError, match="^image must be floating point"): augment_image(key, bad)
+    for bad in (image[..., 0], image[None]):
+        with pytest.raises(ValueError, match="^image must have shape"): augment_image(key, bad)
+    for function in (lambda a: apply_augmentation(image, a), augmentation_labels):
+        with pytest.raises(ValueError, match="^a must have shape"): function(jnp.zeros(9))
+        with pytest.raises(ValueError, match="^a must have shape"): function(jnp.zeros((2, 8)))
+    with pytest.raises(ValueError, match="^matrix must"): warp_image(image, jnp.eye(3), jnp.zeros(2))
+    with pytest.raises(ValueError, match="^shift must"): warp_image(image, jnp.eye(2), jnp.zeros(1))
+
+
+def test_every_name_of_the_one_module_is_still_there():
+    import pickle
+    import flaxdiff.data
+    names = """TFDSStream load_digits host_rows ImageStream keys_kernel middle_square PrepareImage find_tfds open_tfds ImageFolder FileStream get_dataset
+        prefetch_to_device DevicePrefetch draw_augmentation augmentation_labels warp_image apply_augmentation augment_image""".split()
+    assert set(names) <= set(flaxdiff.data.__all__) and all(hasattr(flaxdiff.data, name) for name in names)
+    assert flaxdiff.get_dataset is get_dataset
+    again = pickle.loads(pickle.dumps(PrepareImage(8, 1, True)))  # what readers in other processes would be given
+    assert again.image_scale == 8 and again.with_labels
