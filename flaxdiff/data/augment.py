@@ -11,6 +11,7 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .stream import keys_kernel
 from ..utils import check_real, check_shape
@@ -21,7 +22,7 @@ def check_probability(
     value,  # what was given; a traced number cannot be checked
 ):
     "A `ValueError` that names it unless `value` is a number in [0, 1]."
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     try:
         check_real(name, value, 0, 1)
