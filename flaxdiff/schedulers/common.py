@@ -26,8 +26,8 @@ def as_floats(
 ) -> jax.Array:
     "`value` as a float array; a `ValueError` for what is no real number, for NaN and outside [low, high]."
     if not isinstance(value, Tracer):
-        kind = jnp.asarray(value).dtype if not isinstance(value, (str, bytes)) else None
-        if kind is None or not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        kind = np.asarray(value).dtype
+        if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
             raise ValueError(f"{name} must be real numbers, got {value!r}")
         numbers = np.asarray(value, np.float64)
         if not np.all((numbers >= low) & (numbers <= high)):

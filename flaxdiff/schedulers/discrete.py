@@ -20,7 +20,7 @@ from ..utils import check_flag, check_positive_int, check_real
 
 # %% ../../nbs/06_betas.ipynb #fdebdf13
 class DiscreteNoiseScheduler(NoiseScheduler):
-    "A variance-preserving process of N betas: log ᾱ = Σ log(1-β), exact at 0, 1, …, N (Ho et al. 2020, eq. 4)."
+    "A variance-preserving process of N betas: log ᾱ = Σ log(1-β), exact at 0 … N (Ho et al. 2020, eq. 4)."
     min_time = 1.0
 
     def __init__(self,
@@ -113,7 +113,7 @@ class LinearNoiseSchedule(DiscreteNoiseScheduler):
         betas = np.linspace(beta_start ** power, beta_end ** power, n) ** (1 / power) * 1000 / n
         if (cut := int(np.sum(betas > 0.999))):
             enough = math.ceil(beta_end * 1000 / 0.999)
-            warnings.warn(f"{cut} of {n} betas are cut at 0.999, so that this is not the schedule of 1,000 steps; "
+            warnings.warn(f"{cut} of {n} betas are cut at 0.999: this is not the schedule of 1,000 steps; "
                           f"use timesteps={enough} or more, or a smaller beta_end", stacklevel=2)
         super().__init__(np.minimum(betas, 0.999), zero_terminal_snr)
 
