@@ -1,4 +1,6 @@
 """Laws of every predictor: a row of a 2×2 system, read in both directions."""
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,15 @@ from flaxdiff import predictors, samplers, trainer
 from flaxdiff.losses import diffusion_loss, edm_weight, plain_weight
 from flaxdiff.predictors import (DiffusionPredictionTransform, EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor)
 from flaxdiff.predictors.common import check_predictor
-from laws import ALL_SCHEDULES, PREDICTORS, SCHEDULES, ZERO_SNR, WAVE, decodable, over, x64
+from laws import ALL_SCHEDULES, PREDICTOR_CLASSES, PREDICTORS, SCHEDULES, ZERO_SNR, WAVE, decodable, over, x64
+
+
+class Flow(DiffusionPredictionTransform):
+    "A user's predictor, rectified flow's ε - x₀: decoding follows."
+    def row(self, alpha, sigma): return -jnp.ones_like(alpha), jnp.ones_like(sigma)
+
+
+EVERY = {**PREDICTORS, "a user's": Flow()}
 
 
 def rates(schedule, n=9):
@@ -22,7 +32,7 @@ def batch(n=9, seed=0):
     return x0, eps
 
 
-@over(schedule=ALL_SCHEDULES, predictor=PREDICTORS)
+@over(schedule=ALL_SCHEDULES, predictor=EVERY)
 def test_decode_undoes_target(schedule, predictor, x64):
     alpha, sigma = (np.asarray(v) for v in rates(schedule))
     if not decodable(predictor, schedule): alpha, sigma = alpha[:-1], sigma[:-1]
@@ -42,7 +52,7 @@ def test_decode_undoes_target_in_float32(schedule, predictor):
     assert np.all(np.abs(x0_hat - x0) <= 4e-6 * (1 + sigma / alpha)) and np.all(np.abs(eps_hat - eps) <= 4e-6 * (1 + alpha / sigma))
 
 
-@over(schedule=SCHEDULES, predictor=PREDICTORS)
+@over(schedule=SCHEDULES, predictor=EVERY)
 def test_any_output_is_explained(schedule, predictor, x64):
     "Whatever the network says, x̂₀ and ε̂ mix to x_t and their target is what it said."
     alpha, sigma = (np.asarray(v) for v in rates(schedule))
@@ -53,7 +63,7 @@ def test_any_output_is_explained(schedule, predictor, x64):
     assert np.all(np.abs(predictor.get_target(x0, eps, alpha, sigma) - F) <= 1e-13 * scale * (1 + sigma / alpha + alpha / sigma))
 
 
-@over(predictor=PREDICTORS)
+@over(predictor=EVERY)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_predictors_follow_the_dtype(predictor, dtype, x64):
     alpha, sigma = jnp.asarray([[0.8]], dtype), jnp.asarray([[0.6]], dtype)
@@ -140,6 +150,27 @@ def test_bad_arguments_are_refused():
     with pytest.raises(NotImplementedError, match="row"): DiffusionPredictionTransform().row(1.0, 0.0)
 
 
+@over(cls=PREDICTOR_CLASSES)
+def test_every_number_of_a_constructor_is_one(cls):
+    for name in inspect.signature(cls).parameters:
+        for bad in (np.nan, np.inf, -np.inf, -1.0, 0, "0.5", True, None, [0.5]):
+            with pytest.raises(ValueError, match=name): cls(**{name: bad})
+
+
+@over(predictor=EVERY)
+def test_shapes_do_not_broadcast_by_accident(predictor):
+    "Data are of one shape and floating point; α and σ are numbers or have the axes of the data."
+    x, other, one = np.zeros((3, 8, 8, 3), np.float32), np.zeros((3, 8, 8, 1), np.float32), np.full((3, 1, 1, 1), 0.7, np.float32)
+    for f, names in ((predictor.get_target, ("x0", "eps")), (predictor.decode, ("x_t", "F"))):
+        for a, b, name in ((x, other, names[1]), (other, x, names[1]), (x, x[:1], names[1]), (x, x[0], names[1]), (x.astype(np.uint8), x, names[0]), (x, x.astype(int), names[1])):
+            with pytest.raises(ValueError, match=f"{name} must"): f(a, b, one, one)
+            with pytest.raises(ValueError, match=f"{name} must"): jax.jit(f)(a, b, one, one)
+        for bad in (one.ravel(), one[..., 0], one[:2], np.ones((3, 8, 1), np.float32), one[None]):
+            with pytest.raises(ValueError, match="alpha must"): f(x, x, bad, one)
+            with pytest.raises(ValueError, match="sigma must"): f(x, x, one, bad)
+        for good in (one, np.float32(0.7), x + 0.7): jax.tree.map(lambda v: np.testing.assert_equal(v.shape, x.shape), f(x, x, good, good))
+
+
 def test_aliases():
     for long, short in (("EpsilonPredictionTransform", "EpsilonPredictor"), ("DirectPredictionTransform", "X0Predictor"),
                         ("VPredictionTransform", "VPredictor"), ("KarrasPredictionTransform", "KarrasEDMPredictor")):
@@ -147,9 +178,7 @@ def test_aliases():
 
 
 def test_a_new_predictor_is_a_row(x64):
-    "Rectified flow's ε - x₀: decoding follows."
-    class Flow(DiffusionPredictionTransform):
-        def row(self, alpha, sigma): return -jnp.ones_like(alpha), jnp.ones_like(sigma)
+    assert len(inspect.getsource(Flow).splitlines()) - 1 <= 3  # but for the docstring
     alpha, sigma = (np.asarray(v) for v in rates(SCHEDULES["CosineNoiseSchedule"]))
     x0, eps = batch()
     got = Flow().decode(alpha * x0 + sigma * eps, eps - x0, alpha, sigma)

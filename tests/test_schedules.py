@@ -1,4 +1,8 @@
 """Laws of every noise schedule."""
+import inspect
+import math
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +13,22 @@ from scipy import stats
 from flaxdiff import schedulers
 from flaxdiff.schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler, CosineNoiseSchedule,
                                  DiscreteNoiseScheduler, EDMNoiseScheduler, ExpNoiseSchedule, KarrasVENoiseScheduler,
-                                 LinearNoiseSchedule, NoiseScheduler)
-from laws import ALL_SCHEDULES, SCALED, SCHEDULES, ZERO_SNR, ends_pure, is_discrete, over, x64
+                                 LinearNoiseSchedule, NoiseScheduler, SubVPNoiseScheduler)
+from laws import ALL_SCHEDULES, SCALED, SCHEDULE_CLASSES, SCHEDULES, ZERO_SNR, ends_pure, is_discrete, over, x64
 
 DISCRETE = {name: s for name, s in ALL_SCHEDULES.items() if is_discrete(s)}
 KARRAS = {name: s for name, s in ALL_SCHEDULES.items() if isinstance(s, KarrasVENoiseScheduler)}
 BOUNDED = {name: s for name, s in ALL_SCHEDULES.items() if name not in KARRAS}
+
+
+class Straight(NoiseScheduler):
+    "A user's schedule, rectified flow: α = 1 - t, σ = t, and nothing else is written."
+    def alpha(self, t): return 1 - self.as_times(t)
+    def sigma(self, t): return self.as_times(t)
+    def get_timesteps(self, sigmas): return 1 - 1 / (1 + self.as_ratios(sigmas))
+
+
+EVERY = {**ALL_SCHEDULES, "a user's": Straight()}
 
 
 def times(schedule, n=401, first=None, last=None):
@@ -25,13 +39,13 @@ def times(schedule, n=401, first=None, last=None):
 
 # The process
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_snr_falls_everywhere(schedule, x64):
     log_snr = np.asarray(schedule.log_snr(times(schedule, 20001, first=0)))
     assert np.all(log_snr[1:] < log_snr[:-1])
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_log_snr_is_that_of_the_rates(schedule, x64):
     t = times(schedule)[:-1]
     alpha, sigma = np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
@@ -42,6 +56,7 @@ def test_log_snr_is_that_of_the_rates(schedule, x64):
 def test_variance_preserving_or_exploding(schedule, x64):
     alpha, sigma = (np.asarray(f(times(schedule))) for f in (schedule.alpha, schedule.sigma))
     if schedule.variance_exploding: assert np.all(alpha == 1)
+    elif isinstance(schedule, SubVPNoiseScheduler): np.testing.assert_allclose(alpha ** 2 + sigma, 1, rtol=1e-14)  # it is neither: σ = 1 - α²
     else: np.testing.assert_allclose(alpha ** 2 + sigma ** 2, 1, rtol=1e-14)
 
 
@@ -70,14 +85,14 @@ def test_float32_agrees_with_float64(schedule):
     np.testing.assert_allclose(schedule.sigma(t.astype(np.float32)), want[1], rtol=1e-5)
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_get_timesteps_is_the_inverse(schedule, x64):
     t = times(schedule)
     u = np.asarray(schedule.sigma(t)) / np.maximum(np.asarray(schedule.alpha(t)), 1e-300)
     np.testing.assert_allclose(schedule.get_timesteps(u), t, rtol=1e-9, atol=1e-9 * schedule.max_timesteps)
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_get_timesteps_is_the_inverse_in_float32(schedule):
     t = times(schedule, last=schedule.max_timesteps * (1 - 1e-3)).astype(np.float32)
     found = schedule.get_timesteps(schedule.sigma(t) / schedule.alpha(t))
@@ -85,7 +100,7 @@ def test_get_timesteps_is_the_inverse_in_float32(schedule):
     np.testing.assert_allclose(found, t, rtol=0, atol=3e-6 * schedule.max_timesteps)
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_get_timesteps_takes_whole_numbers(schedule):
     assert schedule.get_timesteps(1) == schedule.get_timesteps(1.0)
     np.testing.assert_array_equal(schedule.get_timesteps(np.array([1, 2])), schedule.get_timesteps(np.array([1.0, 2.0], np.float32)))
@@ -108,7 +123,7 @@ def test_network_time_of_each_kind():
 
 # What follows from α and σ
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_add_noise_and_remove_it(schedule, x64):
     x0, eps = np.random.default_rng(0).normal(size=(2, 5, 3, 2, 1))
     t = times(schedule, 5, last=schedule.max_timesteps * 0.999)
@@ -135,7 +150,7 @@ def bayes_by_numbers(schedule, x0, xt, t, s):
     return mean, (p * (xs - mean) ** 2).sum() / p.sum()
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 @pytest.mark.parametrize("late, early", [(1, 0.5), (0.9, 0.2), (0.5, 0.1), (0.61, 0.55), (0.3, 0.25)])
 def test_posterior_is_bayes_rule_for_any_pair(schedule, late, early, x64):
     T = schedule.max_timesteps
@@ -178,14 +193,14 @@ def test_posterior_against_monte_carlo(schedule):
     np.testing.assert_allclose(schedule.get_posterior_variance(t, s), residual, rtol=5 * np.sqrt(2 / n))
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_posterior_refuses_s_after_t(schedule):
     T = schedule.max_timesteps
     with pytest.raises(ValueError, match="s="): schedule.get_posterior_variance(0.3 * T, 0.6 * T)
     with pytest.raises(ValueError, match="s="): schedule.get_posterior_mean(jnp.ones((1, 1)), jnp.ones((1, 1)), 0.3 * T, 0.6 * T)
 
 
-@over(schedule=ALL_SCHEDULES)
+@over(schedule=EVERY)
 def test_everything_follows_the_dtype_of_t(schedule, x64):
     T = schedule.max_timesteps
     for dtype in (jnp.float32, jnp.float64):
@@ -263,6 +278,117 @@ def test_bad_arguments_are_refused():
         with pytest.raises(ValueError, match=name): build()
 
 
+# What comes in
+
+BAD_NUMBERS = (np.nan, np.inf, -np.inf, -1.0, "1", True, None, [0.5])
+
+
+def options(cls):
+    "The arguments of a constructor with their defaults, those of all its bases too."
+    signature = inspect.signature(cls.__init__)
+    return {p.name: p.default for p in signature.parameters.values() if p.name != "self" and p.default is not p.empty}
+
+
+@over(cls=SCHEDULE_CLASSES)
+def test_every_number_of_a_constructor_is_one(cls):
+    for name, default in options(cls).items():
+        bad = ("no", "False", 1, 0, None, np.nan) if isinstance(default, bool) else BAD_NUMBERS
+        for value in bad:
+            if value == -1.0 and default < 0: continue  # P_mean
+            with pytest.raises(ValueError, match=name): cls(**{name: value})
+
+
+@over(schedule=EVERY)
+def test_ratios_that_are_none_are_refused(schedule):
+    "σ/α is at least 0; 0 is one where σ(0) = 0, and infinity where α(T) = 0."
+    for bad in (-1.0, np.nan, -np.inf, [1.0, -2.0], [[1.0], [np.nan]], "1", True):
+        with pytest.raises(ValueError, match="sigmas must"): schedule.get_timesteps(bad)
+    T = schedule.max_timesteps
+    if ends_pure(schedule): assert schedule.get_timesteps(np.inf) == T
+    else:
+        with pytest.raises(ValueError, match="sigmas must be finite"): schedule.get_timesteps([1.0, np.inf])
+    if schedule.sigma(0) == 0: assert schedule.get_timesteps(0.0) == 0
+    else:
+        with pytest.raises(ValueError, match="sigmas must be above 0"): schedule.get_timesteps(0.0)
+    assert np.isfinite(jax.jit(schedule.get_timesteps)(1.0)) and np.allclose(jax.jit(lambda: schedule.get_timesteps(1.0))(), schedule.get_timesteps(1.0))
+    jax.jit(schedule.get_timesteps)(-1.0)  # not known there
+
+
+@over(schedule=BOUNDED)
+def test_a_ratio_beyond_the_last_is_not_moved_to_the_end(schedule):
+    if ends_pure(schedule): pytest.skip("has no last ratio")
+    with pytest.raises(ValueError, match="t must"): schedule.alpha(schedule.get_timesteps(1e9))
+
+
+@over(schedule=EVERY)
+def test_largest_time(schedule):
+    "How far σ may be asked: T, or without end."
+    T, last = schedule.max_timesteps, schedule.largest_time
+    assert last == (math.inf if isinstance(schedule, KarrasVENoiseScheduler) else T)
+    if last == math.inf: assert schedule.sigma(3.0 * T) > schedule.sigma(T)
+    else:
+        with pytest.raises(ValueError, match="t must"): schedule.sigma(1.001 * T)
+    for bad in ("0.5", True, None, [0.1, None]):
+        with pytest.raises(ValueError, match="t must"): schedule.sigma(bad)
+
+
+@over(schedule=EVERY)
+def test_shapes_do_not_broadcast_by_accident(schedule):
+    T, x, other = schedule.max_timesteps, np.zeros((4, 8, 8, 1), np.float32), np.zeros((4, 8, 8, 3), np.float32)
+    t, s = 0.6 * T, 0.3 * T
+    for a, b, name in ((x, other, "eps"), (other, x, "eps"), (x, x[:1], "eps"), (x, x[0], "eps"), (x, np.float32(0), "eps"), (x.astype(np.uint8), x, "x0"), (x, x.astype(int), "eps"), (np.float32(1), np.float32(1), "x0")):
+        with pytest.raises(ValueError, match=name): schedule.add_noise(a, b, t)
+        with pytest.raises(ValueError, match="x_t" if name == "x0" else name): schedule.remove_all_noise(a, b, t)
+        with pytest.raises(ValueError, match="x_t" if name == "eps" else name): schedule.get_posterior_mean(a, b, t, s)
+    for bad in (np.full(3, t), np.full((4, 1), t), np.full((2, 2), t), np.full((1,), t), np.full((4, 1, 1, 1), t)):
+        with pytest.raises(ValueError, match="t must"): schedule.add_noise(x, x, bad)
+        with pytest.raises(ValueError, match="t must"): schedule.remove_all_noise(x, x, bad)
+        with pytest.raises(ValueError, match="t must"): schedule.get_posterior_mean(x, x, bad, s)
+        with pytest.raises(ValueError, match="s must"): schedule.get_posterior_mean(x, x, np.full(4, t), bad / 2)
+        if bad.ndim > 1:
+            with pytest.raises(ValueError, match="t must"): schedule.get_rates(bad)
+    with pytest.raises(ValueError, match="s must"): schedule.get_posterior_variance(np.full((3, 1), t), np.full(3, s))
+    for shape in ((3,), (5, -1), "x", (-1, -1)):
+        with pytest.raises(ValueError, match="shape must"): schedule.get_rates(np.full(4, t), shape)
+    for f in (schedule.add_noise, schedule.remove_all_noise):
+        with pytest.raises(ValueError, match="eps"): jax.jit(lambda a, b: f(a, b, t))(x, other)  # shapes are known inside jit too
+        assert f(x, x, np.full(4, t)).shape == f(x, x, t).shape == x.shape
+
+
+@over(schedule=EVERY)
+def test_how_many_times(schedule):
+    key = jax.random.PRNGKey(0)
+    for bad in (-1, 0, 2.5, "3", True, None, (2,), np.nan):
+        with pytest.raises(ValueError, match="n must"): schedule.sample_timesteps(key, bad)
+    assert schedule.sample_timesteps(key, np.int64(2)).shape == (2,)
+
+
+@over(schedule=EVERY)
+def test_gradients_at_both_ends(schedule, x64):
+    "Of α, σ and log SNR: the one-sided slope, infinite where it is, and never NaN."
+    T, h = float(schedule.max_timesteps), 1e-10
+    for t, inside in ((T, -h * T), (float(schedule.min_time), h * T)):
+        for f in (schedule.alpha, schedule.sigma, schedule.log_snr):
+            got, secant = float(jax.grad(f)(t)), float((f(t + inside) - f(t)) / inside)
+            assert not np.isnan(got), (f.__name__, t)
+            if np.isfinite(got) and np.isfinite(secant): np.testing.assert_allclose(got, secant, rtol=1e-3, atol=1e-5 / T)
+    if ends_pure(schedule): assert jax.grad(schedule.log_snr)(T) == -np.inf and np.isfinite(jax.grad(schedule.sigma)(T)) and jax.grad(schedule.alpha)(T) < 0
+    else: assert np.isfinite(jax.grad(schedule.log_snr)(T))
+    for f in (schedule.alpha, schedule.sigma, schedule.log_snr):
+        assert not np.isnan(jax.grad(f)(jnp.float32(T)))
+
+
+def test_cut_betas_are_told():
+    "Once for each construction; nothing at the defaults, nor where a limit was asked for."
+    for N, cut in ((2, 1), (10, 5), (20, 1)):
+        with pytest.warns(UserWarning, match=f"^{cut} of {N} betas.*timesteps=21") as seen: LinearNoiseSchedule(N)
+        assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cls in SCHEDULE_CLASSES.values(): cls()
+        LinearNoiseSchedule(21), CosineNoiseSchedule(10), CosineNoiseSchedule(1000, max_beta=0.5), LinearNoiseSchedule(2, 0.0001, 0.001)
+
+
 # The discrete ones
 
 def betas_of(name, N):
@@ -321,6 +447,7 @@ def test_zero_terminal_snr(schedule, x64):
     np.testing.assert_allclose(slope, -schedule.alpha(N - 1.0), rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*betas are cut")
 @pytest.mark.parametrize("N", [1, 2, 10, 20, 100, 250, 4000])
 def test_linear_betas_scale_and_clip(N, x64):
     schedule = LinearNoiseSchedule(N)
@@ -440,10 +567,7 @@ def test_aliases():
 
 def test_a_new_schedule_is_two_functions(x64):
     "α and σ, and everything else is there."
-    class Straight(NoiseScheduler):
-        "Rectified flow: α = 1 - t, σ = t."
-        def alpha(self, t): return 1 - self.as_times(t)
-        def sigma(self, t): return self.as_times(t)
+    assert len(inspect.getsource(Straight).splitlines()) - 1 <= 6
     schedule = Straight()
     mean, variance = bayes_by_numbers(schedule, 0.7, 0.2, 0.8, 0.3)
     np.testing.assert_allclose(schedule.get_posterior_mean(np.full((1, 1), 0.7), np.full((1, 1), 0.2), 0.8, 0.3), mean, rtol=1e-6)
@@ -464,6 +588,7 @@ any_schedule = st.one_of(
     st.builds(KarrasVENoiseScheduler, st.floats(1e-2, 1e4), st.floats(1e-4, 0.1), st.floats(1, 500), st.floats(1, 12)))
 
 
+@pytest.mark.filterwarnings("ignore:.*betas are cut")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(schedule=any_schedule, a=unit, b=unit, x0=st.floats(-1, 1), z=st.floats(-3, 3))
 def test_any_schedule_any_pair_of_times(schedule, a, b, x0, z):

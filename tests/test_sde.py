@@ -101,13 +101,13 @@ def test_the_classical_schedules_are_schedules(schedule):
 @pytest.mark.parametrize("bad", [lambda: VPNoiseScheduler(beta_min=0), lambda: VPNoiseScheduler(beta_max=0.05), lambda: VENoiseScheduler(sigma_min=0),
                                  lambda: VENoiseScheduler(sigma_min=9, sigma_max=8), lambda: SubVPNoiseScheduler(beta_max=np.inf), lambda: VENoiseScheduler(sigma_max=np.nan)])
 def test_bad_schedules_are_refused(bad):
-    with pytest.raises(ValueError, match="need 0 <"): bad()
+    with pytest.raises(ValueError, match="^(beta|sigma)_(min|max) must"): bad()
 
 
 # Euler–Maruyama
 
 @over(schedule={"VP": CLASSICAL["VP"], "linear": LINEAR, "EDM": EDM})
-def test_the_step_is_equation_8(schedule, x64):
+def test_the_step_is_equation_2(schedule, x64):
     "y_s = y_t - (u_t² - u_s²) ε̂/u_t + √(u_t² - u_s²) z, two steps in float64."
     sampler = exact_sampler(EulerMaruyamaSampler, schedule, V)
     with_u = [float(schedule.get_timesteps(u)) for u in (2.0, 1.1, 0.7)]
@@ -162,7 +162,7 @@ def test_mean_and_variance_of_samples(schedule):
 # The corrector
 
 def algorithm_5(schedule, x, times, z, r, M=1):
-    "Predictor of equation 8, corrector of Song et al. 2021b (algorithm 5; α_i = 1 makes it algorithm 4), in NumPy, image by image."
+    "Predictor of equation 2, corrector of Song et al. 2021b (algorithm 5; α_i = 1 makes it algorithm 4), in NumPy, image by image."
     z = iter(z)
     for t, s in zip(times[:-1], times[1:]):
         (a, q), (b, p) = rates(schedule, t), rates(schedule, s)
@@ -380,7 +380,22 @@ def test_calls(kind):
         assert len(model.seen) == N + M * (N - 1)
 
 
+def test_scores_do_not_broadcast_by_accident():
+    schedule, x = CLASSICAL["VP"], np.zeros((4, 2, 2, 1))
+    for bad in (lambda: score_from_eps(schedule, x, np.full(3, 0.5)), lambda: score_from_eps(schedule, x, np.full((2, 2), 0.5)), lambda: score_from_x0(schedule, x, x[:1], 0.5),
+                lambda: score_from_x0(schedule, x, np.zeros((4, 2, 2, 3)), 0.5), lambda: score_from_eps(schedule, x.astype(int), 0.5)):
+        with pytest.raises(ValueError, match="(t|x0|eps) must"): bad()
+
+
+def test_the_old_address_has_every_name():
+    "`flaxdiff.sde` hands on what two modules define."
+    import flaxdiff.sde, flaxdiff.samplers.sde, flaxdiff.schedulers.sde
+    for name in flaxdiff.sde.__all__:
+        assert getattr(flaxdiff.sde, name) is getattr(flaxdiff.samplers.sde if name.endswith("Sampler") else flaxdiff.schedulers.sde, name)
+    assert set(flaxdiff.sde.__all__) == {*flaxdiff.samplers.sde.__all__, *flaxdiff.schedulers.sde.__all__}
+
+
 def test_either_module_may_come_first():
-    "`sde` builds on `samplers.common`, and `samplers` hands its samplers on."
+    "The face, the package and the modules, in any order."
     for line in ("import flaxdiff.sde", "from flaxdiff.samplers import EulerMaruyamaSampler; import flaxdiff.sde as s; assert s.EulerMaruyamaSampler is EulerMaruyamaSampler"):
         subprocess.run([sys.executable, "-c", line + "; import flaxdiff.samplers as p; assert all(hasattr(p, n) for n in p.__all__)"], check=True, timeout=120)

@@ -6,32 +6,31 @@
 __all__ = ['KarrasPredictionTransform', 'KarrasEDMPredictor']
 
 # %% ../../nbs/16_edm.ipynb #273c0a51
+import jax
 import jax.numpy as jnp
 
 from .common import DiffusionPredictionTransform
+from ..utils import check_real
 
 # %% ../../nbs/16_edm.ipynb #1b4614a6
 class KarrasEDMPredictor(DiffusionPredictionTransform):
-    "F = (σ x₀/s - α s ε)/n with n = √(σ² + α² s²), s = σ_data; the network sees x_t/n (Karras et al. 2022, table 1)."
+    "F = (σ x₀/s - α s ε)/n, n = √(σ² + α² s²), s = σ_data; input x_t/n (Karras et al. 2022, table 1)."
     def __init__(self,
-                 sigma_data=0.5,  # s, the standard deviation of the data
+                 sigma_data: float = 0.5,  # s, the standard deviation of the data
                 ):
-        if not sigma_data > 0: raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+        check_real("sigma_data", sigma_data, 0, ends="(]")
         self.sigma_data = sigma_data
 
     def _norm(self, alpha, sigma):
         "n, the standard deviation of x_t."
         return jnp.hypot(sigma, alpha * self.sigma_data)
 
-    def row(self, alpha, sigma):
+    def row(self, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         "(σ/(s n), -α s/n)."
         n, s = self._norm(alpha, sigma), self.sigma_data
         return sigma / (s * n), -alpha * s / n
 
-    def get_input_scale(self,
-                        alpha,  # α, broadcastable to the data
-                        sigma,  # σ, broadcastable to the data
-                       ):
+    def get_input_scale(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
         "1/n, Karras' c_in."
         return 1 / self._norm(alpha, sigma)
 

@@ -4,8 +4,9 @@ from .continuous import CosineContinuousNoiseScheduler, CosineGeneralNoiseSchedu
 from .discrete import (CosineNoiseSchedule, CosineNoiseScheduler, DiscreteNoiseScheduler, ExpNoiseSchedule,
                        ExpNoiseScheduler, LinearNoiseSchedule, LinearNoiseScheduler)
 from .karras import EDMNoiseScheduler, KarrasVENoiseScheduler
+from .sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler
 
 __all__ = ["NoiseScheduler", "DiscreteNoiseScheduler", "LinearNoiseSchedule", "CosineNoiseSchedule",
            "ExpNoiseSchedule", "LinearNoiseScheduler", "CosineNoiseScheduler", "ExpNoiseScheduler",
            "CosineContinuousNoiseScheduler", "CosineGeneralNoiseScheduler", "KarrasVENoiseScheduler",
-           "EDMNoiseScheduler"]
+           "EDMNoiseScheduler", "VPNoiseScheduler", "SubVPNoiseScheduler", "VENoiseScheduler"]

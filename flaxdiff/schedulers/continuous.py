@@ -8,22 +8,28 @@ __all__ = ['AngleNoiseScheduler', 'CosineContinuousNoiseScheduler', 'CosineGener
 # %% ../../nbs/14_continuous.ipynb #45bcdd3c
 import math
 
+import jax
 import jax.numpy as jnp
-from fastcore.basics import patch
+from jax.typing import ArrayLike
 
-from .common import NoiseScheduler
+from .common import NoiseScheduler, check_rising
+from ..utils import check_real
 
 # %% ../../nbs/14_continuous.ipynb #1122da39
 class AngleNoiseScheduler(NoiseScheduler):
     "A process with tan θ = σ/(κ α), θ linear in t between two angles; base of both cosine schedules."
     def __init__(self,
-                 timesteps,  # T
-                 tan_min,  # tan θ at t = 0, above 0
-                 tan_max,  # tan θ at t = T
-                 kappa=1.0,  # κ
+                 timesteps: float,  # T
+                 tan_min: float,  # tan θ at t = 0, above 0
+                 tan_max: float,  # tan θ at t = T
+                 kappa: float = 1.0,  # κ
                 ):
         super().__init__(timesteps)
-        self.theta_min, self.theta_max, self.kappa = math.atan(tan_min), math.atan(tan_max), kappa
+        check_rising(tan_min=tan_min, tan_max=tan_max)
+        check_real("kappa", kappa, 0, ends="(]")
+        self.kappa = kappa
+        self.theta_min = math.atan(tan_min)
+        self.theta_max = math.atan(tan_max)
         self.phi_min = math.atan(1 / tan_max)  # π/2 - θ at t = T
 
     def _angles(self, t):
@@ -33,63 +39,57 @@ class AngleNoiseScheduler(NoiseScheduler):
         span = self.theta_max - self.theta_min
         return self.theta_min + span * f, self.phi_min + span * (1 - f)
 
-# %% ../../nbs/14_continuous.ipynb #40ba6080
-@patch
-def get_timesteps(self: AngleNoiseScheduler,
-                  sigmas,  # any shape: σ/α > 0
-                 ):
-    "t = T (atan(σ/(κ α)) - θ_min) / (θ_max - θ_min)."
-    theta = jnp.arctan(jnp.asarray(sigmas) / self.kappa)
-    return self.max_timesteps * (theta - self.theta_min) / (self.theta_max - self.theta_min)
+    def get_timesteps(self, sigmas: ArrayLike) -> jax.Array:  # any shape: σ/α > 0
+        "t = T (atan(σ/(κ α)) - θ_min) / (θ_max - θ_min)."
+        theta = jnp.arctan(self.as_ratios(sigmas) / self.kappa)
+        return self.max_timesteps * (theta - self.theta_min) / (self.theta_max - self.theta_min)
 
 # %% ../../nbs/14_continuous.ipynb #c1338395
 class CosineContinuousNoiseScheduler(AngleNoiseScheduler):
-    "α = cos θ, σ = sin θ, θ linear in t between the angles where log SNR is ±20 (Kingma et al. 2021; Salimans & Ho 2022)."
+    "α = cos θ, σ = sin θ, θ linear in t, log SNR from 20 to -20 (Kingma et al. 2021; Salimans & Ho 2022)."
     def __init__(self,
-                 timesteps=1,  # T
+                 timesteps: float = 1,  # T
                 ):
         super().__init__(timesteps, math.exp(-10), math.exp(10))
 
-    def alpha(self, t):
+    def alpha(self, t: ArrayLike) -> jax.Array:
         "cos θ(t) = sin(π/2 - θ(t))."
         return jnp.sin(self._angles(t)[1])
 
-    def sigma(self, t):
+    def sigma(self, t: ArrayLike) -> jax.Array:
         "sin θ(t)."
         return jnp.sin(self._angles(t)[0])
 
 # %% ../../nbs/14_continuous.ipynb #b0b4cd7a
 class CosineGeneralNoiseScheduler(AngleNoiseScheduler):
-    "α = 1, σ = κ tan θ, θ linear in t between the angles of `sigma_min` and `sigma_max`: the cosine schedule, divided by α."
+    "α = 1, σ = κ tan θ, θ linear in t between the angles of σ_min and σ_max: the cosine, divided by α."
     variance_exploding = True
 
     def __init__(self,
-                 timesteps=1,  # T
-                 sigma_min=0.02,  # σ(0)
-                 sigma_max=80,  # σ(T)
-                 kappa=1,  # κ: σ where θ is 45°, half-way if σ_min σ_max = κ²
+                 timesteps: float = 1,  # T
+                 sigma_min: float = 0.02,  # σ(0)
+                 sigma_max: float = 80,  # σ(T)
+                 kappa: float = 1,  # κ: σ where θ is 45°, half-way if σ_min σ_max = κ²
                 ):
-        if not 0 < sigma_min < sigma_max: raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-        if not kappa > 0: raise ValueError(f"kappa must be above 0, got {kappa}")
+        check_rising(sigma_min=sigma_min, sigma_max=sigma_max)
+        check_real("kappa", kappa, 0, ends="(]")
         super().__init__(timesteps, sigma_min / kappa, sigma_max / kappa, kappa)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
 
-    def alpha(self, t):
+    def alpha(self, t: ArrayLike) -> jax.Array:
         "1."
         return jnp.ones_like(self.as_times(t))
 
-    def sigma(self, t):
+    def sigma(self, t: ArrayLike) -> jax.Array:
         "κ tan θ(t), written with both angles so that it is exact at both ends."
         theta, phi = self._angles(t)
         return self.kappa * jnp.sin(theta) / jnp.sin(phi)
 
-# %% ../../nbs/14_continuous.ipynb #edd41e91
-@patch
-def network_time(self: CosineGeneralNoiseScheduler, t):
-    "ln σ(t) / 4 (Karras et al. 2022, table 1)."
-    return jnp.log(self.sigma(t)) / 4
+    def network_time(self, t: ArrayLike) -> jax.Array:
+        "ln σ(t) / 4 (Karras et al. 2022, table 1)."
+        return jnp.log(self.sigma(t)) / 4
 
-@patch
-def from_network_time(self: CosineGeneralNoiseScheduler, temb):
-    "The time of σ = exp(4 temb)."
-    return self.get_timesteps(jnp.exp(4 * temb))
+    def from_network_time(self, temb: ArrayLike) -> jax.Array:
+        "The time of σ = exp(4 temb)."
+        return self.get_timesteps(jnp.exp(4 * jnp.asarray(temb)))

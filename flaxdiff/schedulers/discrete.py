@@ -7,99 +7,128 @@ __all__ = ['LinearNoiseScheduler', 'CosineNoiseScheduler', 'ExpNoiseScheduler', 
            'CosineNoiseSchedule', 'ExpNoiseSchedule']
 
 # %% ../../nbs/06_betas.ipynb #422a1533
+import math
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fastcore.basics import patch
+from jax.typing import ArrayLike
 
 from .common import NoiseScheduler
-from ..utils import check_positive_int
+from ..utils import check_flag, check_positive_int, check_real
 
-# %% ../../nbs/06_betas.ipynb #6c8df1fd
+# %% ../../nbs/06_betas.ipynb #fdebdf13
 class DiscreteNoiseScheduler(NoiseScheduler):
-    "A variance-preserving process given by N betas: log ᾱ(t) = Σ log(1-β), exact at t = 0, 1, …, N (Ho et al. 2020, eq. 4)."
+    "A variance-preserving process of N betas: log ᾱ = Σ log(1-β), exact at 0 … N (Ho et al. 2020, eq. 4)."
     min_time = 1.0
 
     def __init__(self,
-                 betas,  # (N,): the variance added by each step, in (0, 1)
-                 zero_terminal_snr=False,  # shift √ᾱ so that the last level is pure noise
+                 betas: ArrayLike,  # (N,): the variance added by each step, in (0, 1)
+                 zero_terminal_snr: bool = False,  # shift √ᾱ so that the last level is pure noise
                 ):
-        betas = np.asarray(betas, np.float64)
-        if betas.ndim != 1 or not len(betas) or not np.all((betas > 0) & (betas < 1)):
+        table = np.asarray(betas)
+        is_list = table.ndim == 1 and len(table) > 0 and table.dtype.kind in "iuf"
+        if not is_list or not np.all((table > 0) & (table < 1)):
             raise ValueError(f"betas must be numbers strictly between 0 and 1, shape (N,), got {betas}")
-        super().__init__(len(betas))
-        self.zero_terminal_snr = zero_terminal_snr
-        self.log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])  # (N+1,), float64
-        if zero_terminal_snr: self.log_alpha_bar = _rescale_to_zero_snr(self.log_alpha_bar)
+        super().__init__(len(table))
+        self.zero_terminal_snr = check_flag("zero_terminal_snr", zero_terminal_snr)
+        self.log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-table.astype(np.float64)))])  # (N+1,)
+        if self.zero_terminal_snr:
+            self.log_alpha_bar = _rescale_to_zero_snr(self.log_alpha_bar)
 
-# %% ../../nbs/06_betas.ipynb #bfa9e6e6
-@patch
-def _log_alpha_bar(self: DiscreteNoiseScheduler, t):
-    "log ᾱ(t), piecewise linear between the whole steps; where ᾱ(N) = 0, α itself is linear on the last interval."
-    N = self.max_timesteps
-    t = self.as_times(t)
-    t = jnp.where(t < 0, 0, jnp.where(t > N, N, t))  # rounding beyond the ends; clip would halve the slope at both
-    k = jnp.clip(jnp.floor(t), 0, N - 1).astype(jnp.int32)
-    table = np.where(np.isfinite(self.log_alpha_bar), self.log_alpha_bar, 0.0)
-    left, right = jnp.asarray(table[:-1], t.dtype)[k], jnp.asarray(table[1:], t.dtype)[k]
-    linear = left + (t - k) * (right - left)
-    if not self.zero_terminal_snr: return linear
-    last = t > N - 1
-    return jnp.where(last, left + 2 * jnp.log(jnp.where(last, N - t, 1)), linear)
+    def _inside(self, t):
+        "Times moved by rounding beyond an end are put back; `clip` would halve the slope there."
+        t, N = self.as_times(t), self.max_timesteps
+        return jnp.where(t < 0, 0, jnp.where(t > N, N, t))
 
-@patch
-def alpha(self: DiscreteNoiseScheduler, t):
-    "√ᾱ(t)."
-    return jnp.exp(self._log_alpha_bar(t) / 2)
+    def _log_alpha_bar(self, t):
+        "log ᾱ(t), a straight line between the whole steps; level on the last interval where ᾱ(N) = 0."
+        k = jnp.clip(jnp.floor(t), 0, self.max_timesteps - 1).astype(jnp.int32)
+        finite = np.where(np.isfinite(self.log_alpha_bar), self.log_alpha_bar, self.log_alpha_bar[-2])
+        left, right = jnp.asarray(finite[:-1], t.dtype)[k], jnp.asarray(finite[1:], t.dtype)[k]
+        return left + (t - k) * (right - left)
 
-@patch
-def sigma(self: DiscreteNoiseScheduler, t):
-    "√(1-ᾱ(t)), without cancellation where ᾱ is almost 1."
-    return jnp.sqrt(-jnp.expm1(self._log_alpha_bar(t)))
+    def alpha(self, t: ArrayLike) -> jax.Array:
+        "√ᾱ(t); on the last interval of a zero-SNR table α itself is a straight line down to 0."
+        t = self._inside(t)
+        alpha = jnp.exp(self._log_alpha_bar(t) / 2)
+        if not self.zero_terminal_snr:
+            return alpha
+        to_go = self.max_timesteps - t
+        return jnp.where(to_go < 1, math.exp(self.log_alpha_bar[-2] / 2) * to_go, alpha)
 
-# %% ../../nbs/06_betas.ipynb #fc8fd9aa
-@patch
-def get_timesteps(self: DiscreteNoiseScheduler,
-                  sigmas,  # any shape: σ/α ≥ 0
-                 ):
-    "The time at which σ(t)/α(t) is `sigmas`; ᾱ = 1/(1 + (σ/α)²) is looked up in the table."
-    u = jnp.asarray(sigmas)
-    if not jnp.issubdtype(u.dtype, jnp.floating): u = u.astype(jnp.result_type(float))
-    log_ab, N = -jnp.log1p(u * u), self.max_timesteps
-    finite = self.log_alpha_bar[np.isfinite(self.log_alpha_bar)]
-    t = jnp.interp(-log_ab, jnp.asarray(-finite, u.dtype), jnp.arange(len(finite), dtype=u.dtype))
-    if not self.zero_terminal_snr: return t
-    last = float(finite[-1])
-    return jnp.where(log_ab < last, N - jnp.exp((log_ab - last) / 2), t)
+    def sigma(self, t: ArrayLike) -> jax.Array:
+        "√(1-ᾱ(t)), without cancellation where ᾱ is almost 1."
+        t = self._inside(t)
+        sigma = jnp.sqrt(-jnp.expm1(self._log_alpha_bar(t)))
+        if not self.zero_terminal_snr:
+            return sigma
+        # On the last interval 1 - ᾱ(t) = σ²(N-1) + ᾱ(N-1) f (2 - f): a sum of what is positive.
+        is_last, log_ab = t > self.max_timesteps - 1, self.log_alpha_bar[-2]
+        f = jnp.where(is_last, t - (self.max_timesteps - 1), 0)
+        return jnp.where(is_last, jnp.sqrt(-math.expm1(log_ab) + math.exp(log_ab) * f * (2 - f)), sigma)
+
+    def get_timesteps(self, sigmas: ArrayLike) -> jax.Array:  # any shape: σ/α ≥ 0
+        "The time at which ᾱ is 1/(1 + (σ/α)²), looked up in the table; beyond N for ratios beyond the last."
+        u, N = self.as_ratios(sigmas), self.max_timesteps
+        fallen = jnp.log1p(u * u)  # -log ᾱ
+        finite = -self.log_alpha_bar[np.isfinite(self.log_alpha_bar)]
+        steps = jnp.arange(len(finite), dtype=u.dtype)
+        t = jnp.interp(fallen, jnp.asarray(finite, u.dtype), steps, right="extrapolate")
+        if not self.zero_terminal_snr:
+            return t
+        last = float(finite[-1])
+        return jnp.where(fallen > last, N - jnp.exp((last - fallen) / 2), t)
+
+    def sample_timesteps(self, key: jax.Array, n: int) -> jax.Array:
+        "n times, uniform on the whole steps 1, …, N."
+        steps = jax.random.randint(key, (check_positive_int("n", n),), 1, self.max_timesteps + 1)
+        return steps.astype(jnp.result_type(float))
+
+    def network_time(self, t: ArrayLike) -> jax.Array:
+        "1000·t/T, the step that a network of a thousand steps is told."
+        return self.as_times(t) * (1000 / self.max_timesteps)
+
+    def from_network_time(self, temb: ArrayLike) -> jax.Array:
+        "T·temb/1000."
+        return self.as_times(jnp.asarray(temb) * (self.max_timesteps / 1000))
 
 # %% ../../nbs/06_betas.ipynb #e8c7ed00
 class LinearNoiseSchedule(DiscreteNoiseScheduler):
-    "β linear from `beta_start` to `beta_end`, for 1,000 steps; other N scale with 1000/N (Ho et al. 2020, section 4)."
+    "β linear from `beta_start` to `beta_end` for N = 1000, else times 1000/N (Ho et al. 2020, section 4)."
     def __init__(self,
-                 timesteps=1000,  # N
-                 beta_start=1e-4,  # first β, at N = 1000
-                 beta_end=0.02,  # last β, at N = 1000
-                 scaled=False,  # √β linear instead (Rombach et al. 2022: 0.00085 to 0.012)
-                 zero_terminal_snr=False,  # end in pure noise
+                 timesteps: int = 1000,  # N
+                 beta_start: float = 1e-4,  # first β, at N = 1000
+                 beta_end: float = 0.02,  # last β, at N = 1000
+                 scaled: bool = False,  # √β linear instead (Rombach et al. 2022: 0.00085 to 0.012)
+                 zero_terminal_snr: bool = False,  # end in pure noise
                 ):
         n = check_positive_int("timesteps", timesteps)
-        if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got beta_start={beta_start}, beta_end={beta_end}")
-        betas = np.linspace(beta_start ** 0.5, beta_end ** 0.5, n) ** 2 if scaled else np.linspace(beta_start, beta_end, n)
-        super().__init__(np.minimum(betas * 1000 / n, 0.999), zero_terminal_snr)
+        check_real("beta_start", beta_start, 0, 1, "()")
+        check_real("beta_end", beta_end, 0, 1, "()")
+        if beta_start > beta_end:
+            raise ValueError(f"beta_start must be at most beta_end, got {beta_start} and {beta_end}")
+        power = 0.5 if check_flag("scaled", scaled) else 1
+        betas = np.linspace(beta_start ** power, beta_end ** power, n) ** (1 / power) * 1000 / n
+        if (cut := int(np.sum(betas > 0.999))):
+            enough = math.ceil(beta_end * 1000 / 0.999)
+            warnings.warn(f"{cut} of {n} betas are cut at 0.999: this is not the schedule of 1,000 steps; "
+                          f"use timesteps={enough} or more, or a smaller beta_end", stacklevel=2)
+        super().__init__(np.minimum(betas, 0.999), zero_terminal_snr)
 
 # %% ../../nbs/06_betas.ipynb #235240b6
 class CosineNoiseSchedule(DiscreteNoiseScheduler):
     "ᾱ ∝ cos²((t/N + s)/(1 + s) · π/2), each β cut at `max_beta` (Nichol & Dhariwal 2021, eq. 17)."
     def __init__(self,
-                 timesteps=1000,  # N
-                 s=0.008,  # offset that keeps the first β from vanishing
-                 max_beta=0.999,  # largest β
-                 zero_terminal_snr=False,  # end in pure noise
+                 timesteps: int = 1000,  # N
+                 s: float = 0.008,  # offset that keeps the first β from vanishing
+                 max_beta: float = 0.999,  # largest β
+                 zero_terminal_snr: bool = False,  # end in pure noise
                 ):
         n = check_positive_int("timesteps", timesteps)
-        if not s >= 0: raise ValueError(f"s must not be negative, got {s}")
-        if not 0 < max_beta < 1: raise ValueError(f"max_beta must lie in (0, 1), got {max_beta}")
+        check_real("s", s, 0)
+        check_real("max_beta", max_beta, 0, 1, "()")
         f = np.cos((np.arange(n + 1) / n + s) / (1 + s) * np.pi / 2) ** 2
         super().__init__(np.minimum(1 - f[1:] / f[:-1], max_beta), zero_terminal_snr)
 
@@ -107,34 +136,23 @@ class CosineNoiseSchedule(DiscreteNoiseScheduler):
 class ExpNoiseSchedule(DiscreteNoiseScheduler):
     "Constant β, so that ᾱ(t) = exp(-12 t/T)."
     def __init__(self,
-                 timesteps=1000,  # N
-                 zero_terminal_snr=False,  # end in pure noise
+                 timesteps: int = 1000,  # N
+                 zero_terminal_snr: bool = False,  # end in pure noise
                 ):
         n = check_positive_int("timesteps", timesteps)
         super().__init__(np.full(n, -np.expm1(-12 / n)), zero_terminal_snr)
 
-LinearNoiseScheduler, CosineNoiseScheduler, ExpNoiseScheduler = LinearNoiseSchedule, CosineNoiseSchedule, ExpNoiseSchedule
+# %% ../../nbs/06_betas.ipynb #cad758af
+LinearNoiseScheduler = LinearNoiseSchedule
+CosineNoiseScheduler = CosineNoiseSchedule
+ExpNoiseScheduler = ExpNoiseSchedule
 
 # %% ../../nbs/06_betas.ipynb #c6117aae
 def _rescale_to_zero_snr(log_alpha_bar):
     "√ᾱ moved and stretched so that t = 1 stays and t = N is 0 (Lin et al. 2024, algorithm 1)."
-    if len(log_alpha_bar) < 3: raise ValueError("zero_terminal_snr needs timesteps of at least 2")
+    if len(log_alpha_bar) < 3:
+        raise ValueError("zero_terminal_snr needs timesteps of at least 2")
     a = np.exp(log_alpha_bar[1:] / 2)
     a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-    with np.errstate(divide="ignore"): return np.concatenate([[0.0], 2 * np.log(a)])
-
-# %% ../../nbs/06_betas.ipynb #93a592ed
-@patch
-def sample_timesteps(self: DiscreteNoiseScheduler, key, n):
-    "n times, uniform on the whole steps 1, …, N."
-    return jax.random.randint(key, (n,), 1, self.max_timesteps + 1).astype(jnp.result_type(float))
-
-@patch
-def network_time(self: DiscreteNoiseScheduler, t):
-    "1000·t/T, the step that a network of a thousand steps is told."
-    return self.as_times(t) * (1000 / self.max_timesteps)
-
-@patch
-def from_network_time(self: DiscreteNoiseScheduler, temb):
-    "T·temb/1000."
-    return temb * (self.max_timesteps / 1000)
+    with np.errstate(divide="ignore"):
+        return np.concatenate([[0.0], 2 * np.log(a)])

@@ -6,91 +6,90 @@
 __all__ = ['KarrasVENoiseScheduler', 'EDMNoiseScheduler']
 
 # %% ../../nbs/15_karras.ipynb #f376ef65
+import math
+import sys
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from fastcore.basics import patch
+from jax.typing import ArrayLike
 
-from .common import NoiseScheduler
+from .common import NoiseScheduler, as_floats, check_rising
+from ..utils import check_positive_int, check_real
 
-# %% ../../nbs/15_karras.ipynb #65ebb810
+# %% ../../nbs/15_karras.ipynb #e1996909
 class KarrasVENoiseScheduler(NoiseScheduler):
     "α = 1 and σ(t)^(1/ρ) linear in t (Karras et al. 2022, eq. 5); training times are uniform."
     variance_exploding = True
 
     def __init__(self,
-                 timesteps=1,  # T
-                 sigma_min=0.002,  # σ(0)
-                 sigma_max=80,  # σ(T)
-                 rho=7,  # ρ: larger spends more of the ramp at small σ
-                 sigma_data=0.5,  # standard deviation of the data
+                 timesteps: float = 1,  # T
+                 sigma_min: float = 0.002,  # σ(0)
+                 sigma_max: float = 80,  # σ(T)
+                 rho: float = 7,  # ρ: larger spends more of the ramp at small σ
+                 sigma_data: float = 0.5,  # standard deviation of the data
                 ):
         super().__init__(timesteps)
-        if not 0 < sigma_min < sigma_max < np.inf: raise ValueError(f"need 0 < sigma_min < sigma_max, both finite, got {sigma_min} and {sigma_max}")
-        if not 0 < rho < np.inf: raise ValueError(f"rho must be finite and above 0, got {rho}")
-        if not sigma_data > 0: raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-        self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+        check_rising(sigma_min=sigma_min, sigma_max=sigma_max)
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        check_real("rho", rho, 0, ends="(]")
+        check_real("sigma_data", sigma_data, 0, ends="(]")
+        self.rho = rho
+        self.sigma_data = sigma_data
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
-# %% ../../nbs/15_karras.ipynb #8b66a567
-@patch
-def alpha(self: KarrasVENoiseScheduler, t):
-    "1."
-    return jnp.ones_like(self.as_times(t))
+    @property
+    def largest_time(self) -> float:
+        "∞: the ramp has no end above."
+        return math.inf
 
-@patch
-def sigma(self: KarrasVENoiseScheduler, t):
-    "(σ_min^(1/ρ) (1 - t/T) + σ_max^(1/ρ) t/T)^ρ, beyond both ends too."
-    f = self.as_times(t) / self.max_timesteps
-    return (self._low * (1 - f) + self._high * f) ** self.rho
+    def as_times(self, t: ArrayLike) -> jax.Array:
+        "`t` as a float array; the ramp has no end above, and none below until σ would be 0."
+        first = -self.max_timesteps * self._low / (self._high - self._low)
+        due = f"be finite and above {first:.4g}, where σ would be 0"
+        return as_floats("t", t, math.nextafter(first, 0), sys.float_info.max, due)
 
-@patch
-def get_timesteps(self: KarrasVENoiseScheduler,
-                  sigmas,  # any shape: σ > 0
-                 ):
-    "t = T (σ^(1/ρ) - σ_min^(1/ρ)) / (σ_max^(1/ρ) - σ_min^(1/ρ)); below 0 or above T for σ outside the ramp."
-    return self.max_timesteps * (jnp.asarray(sigmas) ** (1 / self.rho) - self._low) / (self._high - self._low)
+    def alpha(self, t: ArrayLike) -> jax.Array:
+        "1."
+        return jnp.ones_like(self.as_times(t))
 
-# %% ../../nbs/15_karras.ipynb #e992b0ca
-@patch
-def as_times(self: KarrasVENoiseScheduler,
-             t,  # scalar or (B,), float or integer
-            ):
-    "`t` as a float array; the ramp has no end above, and none below until σ would be 0."
-    if not isinstance(t, jax.core.Tracer):
-        v, first = np.asarray(t, np.float64), -self.max_timesteps * self._low / (self._high - self._low)
-        if not np.all((v > first) & (v < np.inf)):
-            raise ValueError(f"t must be finite and above {first:.4g}, where σ would be 0, got values from {v.min():.6g} to {v.max():.6g}")
-    t = jnp.asarray(t)
-    return t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(jnp.result_type(float))
+    def sigma(self, t: ArrayLike) -> jax.Array:
+        "(σ_min^(1/ρ) (1 - t/T) + σ_max^(1/ρ) t/T)^ρ, beyond both ends too."
+        f = self.as_times(t) / self.max_timesteps
+        return (self._low * (1 - f) + self._high * f) ** self.rho
 
-# %% ../../nbs/15_karras.ipynb #e1996909
-@patch
-def network_time(self: KarrasVENoiseScheduler, t):
-    "ln σ(t) / 4 (Karras et al. 2022, table 1)."
-    return jnp.log(self.sigma(t)) / 4
+    def get_timesteps(self, sigmas: ArrayLike) -> jax.Array:  # any shape: σ > 0
+        "t = T (σ^(1/ρ) - σ_min^(1/ρ)) / (σ_max^(1/ρ) - σ_min^(1/ρ)); outside [0, T] for σ off the ramp."
+        root = self.as_ratios(sigmas) ** (1 / self.rho)
+        return self.max_timesteps * (root - self._low) / (self._high - self._low)
 
-@patch
-def from_network_time(self: KarrasVENoiseScheduler, temb):
-    "The time of σ = exp(4 temb)."
-    return self.get_timesteps(jnp.exp(4 * temb))
+    def network_time(self, t: ArrayLike) -> jax.Array:
+        "ln σ(t) / 4 (Karras et al. 2022, table 1)."
+        return jnp.log(self.sigma(t)) / 4
+
+    def from_network_time(self, temb: ArrayLike) -> jax.Array:
+        "The time of σ = exp(4 temb)."
+        return self.get_timesteps(jnp.exp(4 * jnp.asarray(temb)))
 
 # %% ../../nbs/15_karras.ipynb #21ccbd9e
 class EDMNoiseScheduler(KarrasVENoiseScheduler):
     "The Karras ramp for sampling, ln σ ~ N(P_mean, P_std²) for training (Karras et al. 2022, table 1)."
     def __init__(self,
-                 timesteps=1,  # T
-                 sigma_min=0.002,  # σ(0)
-                 sigma_max=80,  # σ(T)
-                 rho=7,  # ρ of the ramp
-                 sigma_data=0.5,  # standard deviation of the data
-                 P_mean=-1.2,  # mean of ln σ in training
-                 P_std=1.2,  # standard deviation of ln σ in training
+                 timesteps: float = 1,  # T
+                 sigma_min: float = 0.002,  # σ(0)
+                 sigma_max: float = 80,  # σ(T)
+                 rho: float = 7,  # ρ of the ramp
+                 sigma_data: float = 0.5,  # standard deviation of the data
+                 P_mean: float = -1.2,  # mean of ln σ in training
+                 P_std: float = 1.2,  # standard deviation of ln σ in training
                 ):
         super().__init__(timesteps, sigma_min, sigma_max, rho, sigma_data)
-        if not P_std > 0: raise ValueError(f"P_std must be above 0, got {P_std}")
-        self.P_mean, self.P_std = P_mean, P_std
+        check_real("P_mean", P_mean)
+        check_real("P_std", P_std, 0, ends="(]")
+        self.P_mean = P_mean
+        self.P_std = P_std
 
-    def sample_timesteps(self, key, n):
+    def sample_timesteps(self, key: jax.Array, n: int) -> jax.Array:
         "n times whose ln σ is normal, whatever T is; not clipped to the ramp."
-        return self.get_timesteps(jnp.exp(self.P_mean + self.P_std * jax.random.normal(key, (n,))))
+        z = jax.random.normal(key, (check_positive_int("n", n),))
+        return self.get_timesteps(jnp.exp(self.P_mean + self.P_std * z))
