@@ -6,7 +6,7 @@
 __all__ = ['finite_mean', 'TrainingRecord', 'PendingMetrics', 'ProgressBar', 'TrainingDiverged', 'DivergenceGuard',
            'PreemptionFlag', 'RunCheckpoints', 'next_batch', 'move_to', 'steps_in_one_call', 'look', 'run_loop']
 
-# %% ../../nbs/34_loop.ipynb #ec0e7a45
+# %% ../../nbs/34_loop.ipynb #087f8a9c
 import signal
 import threading
 import time
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .checkpoints import finish_checkpoints, load_checkpoint, open_checkpoints, put_aside, save_checkpoint
 from ..utils import check_positive_int
 
-# %% ../../nbs/34_loop.ipynb #2a9bf96c
+# %% ../../nbs/34_loop.ipynb #6304ab61
 def finite_mean(
     values: Any,  # a list or an array
     nothing: Any = None,  # where none is finite
@@ -33,6 +33,7 @@ def finite_mean(
     finite = values[np.isfinite(values)]
     return float(np.mean(finite)) if len(finite) else nothing
 
+# %% ../../nbs/34_loop.ipynb #55366465
 class TrainingRecord:
     "What a run says of itself."
     def __init__(self,
@@ -74,7 +75,7 @@ class TrainingRecord:
                              "images_per_second": round(float(levels[finite, 1].sum() / seconds), 1)})
         return self.history[-1]
 
-# %% ../../nbs/34_loop.ipynb #fdde3667
+# %% ../../nbs/34_loop.ipynb #065146cb
 class PendingMetrics:
     "Metrics that may still be on their way from the devices, and since when: to look at them is to wait."
     def __init__(self):
@@ -100,7 +101,7 @@ class PendingMetrics:
         self.clear()
         return metrics, seconds
 
-# %% ../../nbs/34_loop.ipynb #8bafd569
+# %% ../../nbs/34_loop.ipynb #94660032
 class ProgressBar:
     "A bar with the mean loss of the last hundred updates, and images a second."
     def __init__(self,
@@ -129,7 +130,7 @@ class ProgressBar:
         speed = f"{row['images_per_second']:.0f}"
         self.bar.set_postfix({"loss": f"{loss:.4f}", "images/s": speed}, refresh=False)
 
-# %% ../../nbs/34_loop.ipynb #d22b7935
+# %% ../../nbs/34_loop.ipynb #bfca58d7
 class TrainingDiverged(FloatingPointError):
     "`max_skipped` updates in a row gave no finite numbers; the parameters are those before them."
 
@@ -163,10 +164,11 @@ class DivergenceGuard:
         table = "".join(f"\n  σ/α {low:8.3g} to {high:8.3g}: {total / n:.4g}"
                         for (low, high), total, n in zip(ends, sums, counts) if n)
         now = len(self.record.losses)
-        return (f"the loss is not finite at step {now}, nor was anything in the {self.max_skipped} updates up to it; the parameters are kept as they were before. Last checkpoint: {saved}. "
+        many = f"nor was anything in the {self.max_skipped} updates up to it"
+        return (f"the loss is not finite at step {now}, {many}; the parameters are kept as they were before. Last checkpoint: {saved}. "
                 f"Try a smaller learning rate. Loss by noise level:{table}")
 
-# %% ../../nbs/34_loop.ipynb #12183c82
+# %% ../../nbs/34_loop.ipynb #ba5b564c
 class PreemptionFlag:
     "Whether SIGTERM has come, to any of the processes, so that all stop after the same step. Used by `with`."
     def __init__(self,
@@ -197,7 +199,7 @@ class PreemptionFlag:
             return self.raised
         return any([multihost_utils.reached_preemption_sync_point(step) for step in steps])
 
-# %% ../../nbs/34_loop.ipynb #9ff33917
+# %% ../../nbs/34_loop.ipynb #e090ec00
 class RunCheckpoints:
     "The checkpoints of one run: what is there, and whether it is the run's own."
     def __init__(self,
@@ -249,7 +251,7 @@ class RunCheckpoints:
         "Wait until what was begun is written."
         finish_checkpoints(self.manager)
 
-# %% ../../nbs/34_loop.ipynb #eb82a60f
+# %% ../../nbs/34_loop.ipynb #49eafe16
 def next_batch(
     data: Iterator,  # of batches
     step: int,  # updates made
@@ -273,7 +275,7 @@ def move_to(
         warnings.warn(f"data has no get_state and set_state: the run goes on from step {step}, but its "
                       "data begin anew")
 
-# %% ../../nbs/34_loop.ipynb #c3299e78
+# %% ../../nbs/34_loop.ipynb #172def7a
 def steps_in_one_call(
     step: int,  # updates made
     last: int,  # updates to be made in all
@@ -297,13 +299,14 @@ def look(
         watcher(row)
     pending.clear()  # the watchers' time is not the updates'
 
+# %% ../../nbs/34_loop.ipynb #2f65766b
 def run_loop(
     take_steps: Callable[[list], dict],  # [batch, …] -> their metrics: an update for each, in one call
     data: Iterator,  # of batches
     steps: range,  # from the updates made to those to be made in all
     record: TrainingRecord,  # what the run says of itself
     watchers: Sequence[Callable[[dict], Any]] = (),  # each is called with a new row of `history`
-    preemption: PreemptionFlag = PreemptionFlag(listen=False),  # whether to stop early
+    preemption: PreemptionFlag | None = None,  # whether to stop early; never by default
     save: Callable[[], Any] | None = None,  # writes a checkpoint
     save_every: int | None = None,  # updates between two; only at the end by default
     steps_per_call: int = 1,  # updates in one call, where nothing is due between them
@@ -317,7 +320,7 @@ def run_loop(
             n = steps_in_one_call(step, last, steps_per_call, every)
             pending.add(take_steps([next_batch(data, step + k) for k in range(n)]))
             step += n
-            preempted = preemption.came_within(range(step - n + 1, step + 1))
+            preempted = preemption is not None and preemption.came_within(range(step - n + 1, step + 1))
             is_save_due = save is not None and (step == last or step % every == 0 or preempted)
             if pending.steps >= report_every or is_save_due or step == last:
                 look(pending, record, watchers)

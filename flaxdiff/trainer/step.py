@@ -7,7 +7,7 @@ __all__ = ['Network', 'check_function', 'Recipe', 'Drawn', 'draw_example', 'draw
            'step_variance_loss', 'TrainState', 'join_params', 'split_params', 'init_state', 'objective', 'gradient',
            'ema_update', 'keep_finite', 'training_step']
 
-# %% ../../nbs/31_step.ipynb #7bb23c8c
+# %% ../../nbs/31_step.ipynb #cff683d7
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +24,16 @@ from .ema import power_init, power_update
 from .losses import diffusion_loss, loss_by_level, uncertain_loss, variance_loss
 from ..utils import check_flag, check_positive_int, check_real
 
-# %% ../../nbs/31_step.ipynb #51ef9e80
+# %% ../../nbs/31_step.ipynb #dcb4e30f
 class Network(Protocol):
     "What can be trained: a flax module, or anything else with these two."
-    def init(self, key: Any, /, *inputs: Any, **options: Any) -> Any:  # inputs and options as for `apply`
+    def init(self,
+             key: Any,  # a random key
+             /, *inputs: Any, **options: Any) -> Any:
         "Fresh parameters."
-    def apply(self, params: Any, /, *inputs: Any, **options: Any) -> Any:  # x, temb, conditions
+    def apply(self,
+              params: Any,  # of `init`; then come x (B, H, W, C), temb (B,) and the conditions
+              /, *inputs: Any, **options: Any) -> Any:
         "The output, (B, H, W, C)."
 
 def check_function(
@@ -41,7 +45,7 @@ def check_function(
         return value
     raise ValueError(f"{name} must be a function, got {value!r}")
 
-# %% ../../nbs/31_step.ipynb #1c1172a7
+# %% ../../nbs/31_step.ipynb #b433341e
 @dataclass(frozen=True, eq=False)
 class Recipe:
     "All that a training step depends on and that training does not change."
@@ -73,7 +77,7 @@ class Recipe:
         for name in ("loss_weight", "time_density"):
             check_function(name, getattr(self, name))
 
-# %% ../../nbs/31_step.ipynb #772c8cde
+# %% ../../nbs/31_step.ipynb #65700a36
 class Drawn(NamedTuple):
     "What chance has decided for each example of a batch."
     t: Any  # (B,): its time
@@ -152,7 +156,7 @@ def split_output(
     F, v = jnp.split(output, 2, -1)
     return F, v
 
-# %% ../../nbs/31_step.ipynb #e85e5261
+# %% ../../nbs/31_step.ipynb #03c48828
 def step_variance_loss(
     schedule: Any,  # a `NoiseScheduler`
     v: jax.Array,  # (B, H, W, C): the network's second half
@@ -165,7 +169,7 @@ def step_variance_loss(
     kl = variance_loss(v, x0_hat, x0, schedule.get_rates(t), schedule.get_rates(s))
     return kl / jnp.maximum(jnp.log(schedule.sigma(t) / schedule.sigma(s)), 1e-6)
 
-# %% ../../nbs/31_step.ipynb #3b744540
+# %% ../../nbs/31_step.ipynb #f6da7247
 class TrainState(flax.struct.PyTreeNode):
     "All that training changes."
     step: jax.Array  # (): updates made, those that were skipped among them
@@ -209,7 +213,7 @@ def init_state(
     profiles = power_init(params, recipe.ema_profiles)
     return TrainState(zero, params, params, profiles, uncertainty, opt_state, zero, zero)
 
-# %% ../../nbs/31_step.ipynb #2b1eed40
+# %% ../../nbs/31_step.ipynb #fe49785e
 def objective(
     recipe: Recipe,  # what the loss is made of
     learned: Any,  # of `join_params`
@@ -244,7 +248,7 @@ def gradient(
     total, losses = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, learned), parts)
     return losses.ravel(), jax.tree.map(lambda g: g / P, total)
 
-# %% ../../nbs/31_step.ipynb #94bc559b
+# %% ../../nbs/31_step.ipynb #0e2dd39c
 def ema_update(
     ema_params: Any,  # the average so far
     params: Any,  # what comes in
@@ -269,7 +273,7 @@ def keep_finite(
     in_a_row = jnp.where(running & finite, 0, old.in_a_row + bad)
     return kept.replace(step=old.step + running, skipped=old.skipped + bad, in_a_row=in_a_row)
 
-# %% ../../nbs/31_step.ipynb #1401c3a0
+# %% ../../nbs/31_step.ipynb #47fefc04
 def training_step(
     recipe: Recipe,  # what does not change
     state: TrainState,  # S_n
