@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from flaxdiff import ema
+from flaxdiff.trainer import ema, ema_update
 from flaxdiff.ema import (SIGMA_RELS, load_snapshots, power_decay, power_dot, power_gamma, power_init, power_update, power_width,
                           reconstruct_ema, reconstruct_weights, reconstruction_error, save_snapshot)
 from laws import x64
@@ -181,6 +181,17 @@ def test_too_few_or_too_late_is_refused():
         with pytest.raises(ValueError, match="sigma_rel"): power_gamma(bad)
     with pytest.raises(ValueError, match="gamma"): power_width(-0.1)
     with pytest.raises(ValueError, match="emas"): power_update((1.0,), 1.0, 0)
+
+
+def test_what_is_no_number_is_refused():
+    for step, gamma in ((5, np.nan), (5, np.inf), (5, -1), (-1, 5.0), (np.nan, 5.0)):
+        with pytest.raises(ValueError, match="gamma must" if step == 5 else "step must"): power_decay(step, gamma)
+    with pytest.raises(ValueError, match="gamma must"): power_width(np.inf)
+    for decay in (np.nan, np.inf, -0.1, 1.5, "0.9", True):
+        with pytest.raises(ValueError, match="decay must"): ema_update(jnp.ones(2), jnp.zeros(2), 3, decay)
+    traced = jax.jit(lambda d: ema_update(jnp.ones(2), jnp.zeros(2), 10 ** 6, d))(0.25)  # no value to look at there
+    np.testing.assert_allclose(traced, 0.25)
+    with pytest.raises(ValueError, match="too few"): reconstruct_weights([500, 1000], SIGMA_RELS, 1000, 0.25, tolerance=np.nan)
 
 
 # ---------------------------------------------------------------- snapshots

@@ -22,7 +22,8 @@ from flaxdiff.models.simple_unet import SimpleUNet
 from flaxdiff.predictors import KarrasPredictionTransform
 from flaxdiff.schedulers import EDMNoiseScheduler
 from flaxdiff.tpu import PINS
-from flaxdiff.trainer import DiffusionTrainer
+from flaxdiff.trainer import DiffusionTrainer, training_step
+from flaxdiff.trainer.step import init_state
 from flaxdiff.training import TrainConfig, load_run, make_optimizer, train_main, train_parser
 
 for extra in ("tensorflow_datasets", "grain"): pytest.importorskip(extra)
@@ -157,19 +158,16 @@ def test_the_noise_at_128_is_shifted_by_the_logarithm_of_two():
 # ---- the full sizes, by shapes alone
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_one_update_of_the_full_size(size, monkeypatch):
+def test_one_update_of_the_full_size(size):
     "The beginning and the update of the chapter's trainer are traced; nothing is computed."
-    monkeypatch.setattr(DiffusionTrainer, "_set_state", lambda self, state: setattr(self, "_state", state))  # shapes go on no device
     f = flowers()
     s = f.variant(size)
     schedule, density = f.make_process(s)
     trainer = DiffusionTrainer(f.make_unet(s), optax.adam(s.lr), schedule, 4, model_output_transform=KarrasPredictionTransform(0.5), time_density=density)
-    def begin():
-        trainer.initialize(np.zeros((f.BATCH, size, size, 3), np.float32))
-        return trainer._state
-    state, image = jax.eval_shape(begin), jax.ShapeDtypeStruct((f.BATCH, size, size, 3), jnp.float32)
+    recipe, key, image = trainer.make_recipe(), jax.random.key(0), jax.ShapeDtypeStruct((f.BATCH, size, size, 3), jnp.float32)
+    state = jax.eval_shape(partial(init_state, recipe), key, image)
     assert sum(p.size for p in jax.tree.leaves(state.params)) == {64: 51_773_571, 128: 51_740_419}[size]
-    new, metrics = jax.eval_shape(partial(trainer._update, axis=None), state, jax.random.key_data(jax.random.key(0)), jax.ShapeDtypeStruct((f.BATCH,), jnp.int32), (image, ()))
+    new, metrics = jax.eval_shape(partial(training_step, recipe), state, jax.random.key_data(key), jax.ShapeDtypeStruct((f.BATCH,), jnp.int32), (image, ()))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
     assert {p.dtype for p in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}  # work in bfloat16, parameters not

@@ -109,6 +109,21 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="schedule must end at a finite log SNR"): elbo_weight(Clean())
 
 
+@over(value={str(v): v for v in (np.nan, np.inf, -np.inf, "0.5", True, None)})
+def test_what_is_no_number_is_refused(value):
+    for make, name in ((edm_weight, "sigma_data"), (p2_weight, "gamma"), (lambda v: p2_weight(1.0, v), "k must"), (min_snr_weight, "gamma"),
+                       (soft_min_snr_weight, "gamma"), (lambda v: log_snr_range(EDM, v), "lowest")):
+        with pytest.raises(ValueError, match=name): make(value)
+
+
+def test_a_weight_is_one_number_for_each_example():
+    "Not a table (B, B), which would weigh each example by all."
+    F, one = jnp.ones((3, 2)), jnp.ones(3)
+    for shape in ((3, 3), (3, 1), (2,)):
+        with pytest.raises(ValueError, match=r"loss_weight.*3 examples"): diffusion_loss(F, 0 * F, one, one, VPredictor(), lambda *_: jnp.ones(shape))
+    np.testing.assert_allclose(diffusion_loss(F, 0 * F, one, one, X0Predictor(), lambda *_: 2.0), 2)
+
+
 # ---------------------------------------------------------------- the bound
 
 @over(EACH_KIND, schedule=ALL_SCHEDULES)

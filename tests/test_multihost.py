@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from flaxdiff.distributed import DataParallel, _in_a_cluster, allreduce_bytes, several_steps, start_hosts, step_seconds
+from flaxdiff.distributed import DataParallel, allreduce_bytes, several_steps, start_hosts, step_seconds
+from flaxdiff.trainer.parallel import _in_a_cluster
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 300  # seconds a process may take on a busy machine; an idle one needs about 30
@@ -262,6 +263,7 @@ def test_which_environments_are_clusters(monkeypatch, environment, several):
 def test_data_parallel_refuses():
     step = lambda state, key, index, batch, axis: (state, {})
     with pytest.raises(ValueError, match="how must"): DataParallel(step, how="xmap")
+    with pytest.raises(ValueError, match="devices must"): DataParallel(step, [])
     class Elsewhere: process_index = 7
     with pytest.raises(ValueError, match="some of this process"): DataParallel(step, [Elsewhere()])
 
@@ -313,4 +315,13 @@ def test_seconds_by_hand():
     for name, value in (("devices", 0), ("devices", [4, 0.5]), ("overlap", 1.5), ("overlap", -0.1), ("speed", 0), ("link", -1)):
         with pytest.raises(ValueError, match=name): step_seconds(**{"devices": 2, **given, name: value})
     for name, value in (("devices", 0), ("parameters", -1)):
+        with pytest.raises(ValueError, match=name): allreduce_bytes(**{"parameters": 1, "devices": 2, name: value})
+
+
+@pytest.mark.parametrize("name", ["parameters", "flops", "batch", "speed", "link", "overlap", "devices"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_no_seconds_of_what_is_no_number(name, value):
+    given = dict(devices=2, parameters=1e6, flops=1e9, batch=100)
+    with pytest.raises(ValueError, match=name): step_seconds(**{**given, name: value})
+    if name in ("parameters", "devices"):
         with pytest.raises(ValueError, match=name): allreduce_bytes(**{"parameters": 1, "devices": 2, name: value})

@@ -19,7 +19,9 @@ from flaxdiff.models import SimpleUNet
 from flaxdiff.predictors import KarrasEDMPredictor, VPredictor, X0Predictor
 from flaxdiff.samplers import EulerSampler
 from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseScheduler, LinearNoiseSchedule
-from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged
+from flaxdiff.speed import compiler_options
+from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged, training_step
+from flaxdiff.trainer.step import init_state
 
 
 class Small(nn.Module):
@@ -415,7 +417,7 @@ def test_the_state_is_a_copy_and_its_memory_is_used_again():
     numbers = jax.tree.map(np.array, kept)
     fit(trainer, stream(pictures()), 2)
     same_bits(kept, numbers)
-    lowered = trainer._parallel._run.lower(trainer._state, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (pictures()[None], ()))
+    lowered = trainer.parallel.program.lower(trainer.device_state, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (pictures()[None], ()))
     assert lowered.compile().memory_analysis().alias_size_in_bytes > 0.9 * sum(v.nbytes for v in jax.tree.leaves(kept))
 
 
@@ -465,8 +467,63 @@ def test_bad_arguments_are_refused():
     for kwargs, name in ((dict(noise_schedule=None), "noise_schedule"), (dict(ema_decay=1.0), "ema_decay"), (dict(ema_decay=-0.1), "ema_decay"),
                          (dict(checkpoint_every=0.5, checkpoint_dir="/tmp/none"), "checkpoint_every"), (dict(model_output_transform="v"), "model_output_transform")):
         with pytest.raises(ValueError, match=name): make(**kwargs)
+    numbers = {"ema_decay": (np.nan, np.inf, "0.9", True), "augment": (np.nan, 1.5, "0.1"), "max_skipped": (np.nan, np.inf, 2.5, True, 0), "accumulate": (np.nan, 0),
+               "steps_per_dispatch": (np.nan, 0), "max_to_keep": (np.nan, 0), "checkpoint_every": (np.nan, np.inf, 0)}
+    for name, values in numbers.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name): make(**{"checkpoint_dir": "/tmp/none" if "keep" in name or "every" in name else None, name: value})
+    for widths in ((np.nan,), (0.1, np.inf), (0.3,), (0,), ("0.1",)):
+        with pytest.raises(ValueError, match="ema_profiles"): make(ema_profiles=widths)
     for args, name in (((0,), "steps_per_epoch"), ((2.5,), "steps_per_epoch"), ((3, 0), "epochs")):
         with pytest.raises(ValueError, match=name): make().fit(stream(pictures()), *args, progress=False)
     class Grey(Zero):
         def apply(self, params, x, temb): return x[..., :1]
     with pytest.raises(ValueError, match="output channels"): make(model=Grey()).train_step(pictures(channels=3))
+
+
+@pytest.mark.parametrize("name", ["flip", "learn_variance"])
+@pytest.mark.parametrize("value", ["no", "False", 1, 0, None, np.nan])
+def test_a_word_is_no_flag(name, value):
+    "The word 'no' is true to Python."
+    with pytest.raises(ValueError, match=f"{name} must be True or False"): make(**{name: value})
+
+
+def test_nothing_asked_for_is_ignored(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_every=5 needs checkpoint_dir"): make(checkpoint_every=5)
+    with pytest.raises(ValueError, match="checkpoint_dir must be a folder"): make(checkpoint_dir="")
+    with pytest.raises(ValueError, match="devices must name at least one"): make(devices=[])
+    with pytest.raises(ValueError, match="how must be one of"): make(how="xmap")
+    with pytest.raises(ValueError, match="progress"): make().fit(stream(pictures()), 1, progress="no")
+    for name in ("loss_weight", "time_density"):
+        with pytest.raises(ValueError, match=f"{name} must be a function"): make(**{name: "edm"})
+    with pytest.raises(ValueError, match="loss_weight.*8 examples"): make(loss_weight=lambda a, s: a[:, None] * s).train_step(pictures())
+
+
+def test_the_constructor_says_its_arguments():
+    "By name and in the order of old, so that help() and editors show them."
+    import inspect
+    names = list(inspect.signature(DiffusionTrainer).parameters)
+    assert names == ["model", "optimizer", "noise_schedule", "rngs", "name", "model_output_transform", "ema_decay", "ema_profiles", "loss_weight", "uncertainty",
+                     "time_density", "flip", "augment", "learn_variance", "devices", "how", "accumulate", "steps_per_dispatch", "max_skipped",
+                     "checkpoint_dir", "checkpoint_every", "max_to_keep"]
+
+
+def test_a_step_is_a_pure_function():
+    "By hand, without a trainer: the same bits as `train_step`, and the same again."
+    trainer = make(flip=True, ema_profiles=(0.1,))
+    trainer.initialize(pictures())
+    recipe, start = trainer.make_recipe(), trainer.state
+    same_bits(start, init_state(recipe, trainer.key, pictures()))
+    step = jax.jit(lambda state, key, index, images: training_step(recipe, state, key, index, (images, ())), compiler_options=compiler_options())
+    ends = [step(start, jax.random.key_data(trainer.key), np.arange(8), pictures()) for _ in range(2)]
+    loss = trainer.train_step(pictures())
+    same_bits(ends[0], ends[1])
+    same_bits(ends[0][0], trainer.state)
+    assert float(ends[0][1]["loss"]) == float(loss)
+
+
+def test_old_paths_lead_to_the_new_rooms():
+    from flaxdiff import checkpoints, distributed, ema, losses, trainer
+    for face, room in ((checkpoints, trainer.checkpoints), (distributed, trainer.parallel), (ema, trainer.ema), (losses, trainer.losses)):
+        assert all(getattr(face, name) is getattr(room, name) for name in face.__all__)
+    assert {"DiffusionTrainer", "TrainedModel", "TrainState", "TrainingDiverged", "ema_update"} <= set(trainer.__all__)

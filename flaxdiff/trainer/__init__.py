@@ -1,0 +1,10 @@
+"""Training: one pure step (`step`), the loop around it (`loop`), and `DiffusionTrainer`, both in one (`facade`).
+
+Read `step.training_step`, then `loop.run_loop`. What they use: `losses`, `ema`, `checkpoints`, `parallel`.
+"""
+from .facade import DiffusionTrainer, TrainedModel
+from .loop import TrainingDiverged
+from .step import Recipe, TrainState, ema_update, training_step
+
+__all__ = ["DiffusionTrainer", "Recipe", "TrainState", "TrainedModel", "TrainingDiverged", "ema_update",
+           "training_step"]
