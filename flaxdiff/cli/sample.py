@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,23 +65,24 @@ def sampler_of(
                           trainer.model_output_transform, **options)
 
 # %% ../../nbs/40_sample.ipynb #8b334ee9
-ALIASES = {"dpmpp": ("dpm-solver++", {}), "dpmsolverpp": ("dpm-solver++", {}),
-           "dpmpp_2m": ("dpm-solver++", {"order": 2}),
-           "dpmpp_3m": ("dpm-solver++", {"order": 3}),
-           "dpmpp_2s": ("dpm-solver++", {"order": 2, "multistep": False}),
-           "dpmpp_3s": ("dpm-solver++", {"order": 3, "multistep": False}),
-           "dpmpp_sde": ("dpm-solver++", {"order": 2, "multistep": False, "stochastic": True}),
-           "dpmpp_2s_sde": ("dpm-solver++", {"order": 2, "multistep": False, "stochastic": True}),
-           "dpmpp_2m_sde": ("dpm-solver++", {"order": 2, "stochastic": True}),
-           "dpmpp_3m_sde": ("dpm-solver++", {"order": 3, "stochastic": True}),
-           "dpmsolver": ("dpm-solver", {}),
-           "dpm2": ("dpm-solver", {"order": 2}), "dpm_2": ("dpm-solver", {"order": 2}),
-           "dpm_3": ("dpm-solver", {"order": 3}), "uni_pc": ("unipc", {}), "euler_a": ("euler-ancestral", {})}
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmpp": ("dpm-solver++", {}), "dpmsolverpp": ("dpm-solver++", {}),
+    "dpmpp_2m": ("dpm-solver++", {"order": 2}),
+    "dpmpp_3m": ("dpm-solver++", {"order": 3}),
+    "dpmpp_2s": ("dpm-solver++", {"order": 2, "multistep": False}),
+    "dpmpp_3s": ("dpm-solver++", {"order": 3, "multistep": False}),
+    "dpmpp_sde": ("dpm-solver++", {"order": 2, "multistep": False, "stochastic": True}),
+    "dpmpp_2s_sde": ("dpm-solver++", {"order": 2, "multistep": False, "stochastic": True}),
+    "dpmpp_2m_sde": ("dpm-solver++", {"order": 2, "stochastic": True}),
+    "dpmpp_3m_sde": ("dpm-solver++", {"order": 3, "stochastic": True}),
+    "dpmsolver": ("dpm-solver", {}),
+    "dpm2": ("dpm-solver", {"order": 2}), "dpm_2": ("dpm-solver", {"order": 2}),
+    "dpm_3": ("dpm-solver", {"order": 3}), "uni_pc": ("unipc", {}), "euler_a": ("euler-ancestral", {})}
 ENDINGS = {"_karras": "karras", "_exponential": "lambda"}  # of a name, and the grid each means
 
 def find_sampler(
-    name,  # of a solver, here or elsewhere
-):
+    name: str,  # of a solver, here or elsewhere
+) -> tuple[str, dict[str, Any], str | None]:
     "(its name in `SAMPLERS`, the options and the grid that the given name implies); the grid may be None."
     word = re.sub(r"^(k|sample)_", "", re.sub(r"[\s_-]+", "_", name.strip().lower().replace("++", "pp")))
     grid = next((grid for ending, grid in ENDINGS.items() if word.endswith(ending)), None)
@@ -88,7 +90,8 @@ def find_sampler(
         word = word.removesuffix(ending)
     known = {re.sub("-", "_", own.replace("++", "pp")): (own, {}) for own in SAMPLERS} | ALIASES
     if word in known:
-        return *known[word], grid
+        own, options = known[word]
+        return own, options, grid
     near = difflib.get_close_matches(word, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")

@@ -276,7 +276,7 @@ def build_trainer(
     edm = {"sigma_data": sigma_data}
     schedule = SCHEDULES[config.schedule](**edm if config.schedule in ("edm", "karras") else {})
     predictor = PREDICTORS[config.predictor](**edm if config.predictor == "edm" else {})
-    trainer = DiffusionTrainer(
+    trainer: typing.Any = DiffusionTrainer(
         make_network(config, shape[-1]), make_optimizer(config), schedule, config.seed, config.dataset,
         model_output_transform=predictor, ema_decay=config.ema_decay, ema_profiles=config.ema_profiles,
         loss_weight=LOSSES[config.loss](schedule, sigma_data),
@@ -405,7 +405,8 @@ class RunRecord:
         save_grid(self.out / "samples" / f"{step:08d}.png", images)
         self.board.add_image("samples", to_bytes(images), step, dataformats="HWC")
         sums, counts = self.trainer.levels
-        figure = plot_loss_by_level(sums, counts, self.trainer.level_edges).figure
+        plot_loss_by_level(sums, counts, self.trainer.level_edges)
+        figure = plt.gcf()
         write_whole(self.out / "levels.png", lambda partial: figure.savefig(partial, format="png"))
         plt.close(figure)
 
@@ -416,7 +417,7 @@ class RunRecord:
             self.wandb.finish()
 
 # %% ../../nbs/39_train.ipynb #0a34120d
-def _heun(trainer):
+def _heun(trainer) -> typing.Any:
     "The sampler of a run's own pictures."
     return HeunSampler(trainer.model, trainer.state.ema_params, trainer.noise_schedule,
                        trainer.model_output_transform)
