@@ -2,12 +2,23 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 
+from flaxdiff.cli import sample as sampling
+from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, sample_parser,
+                                 sampler_of)
+from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate, local_path, make_trainer, read_settings,
+                                run_folder, save_grid)
+from flaxdiff.predictors import X0Predictor
 from flaxdiff.training import TrainConfig, fingerprint, load_run, read_config, sample_main, train_main, train_parser, train_run
 
 TINY = TrainConfig(steps=20, batch_size=16, features=(8,), attention_levels=1, heads=2, emb_features=16, checkpoint_every=5, report_every=4, sample_every=10)
@@ -158,3 +169,253 @@ def test_every_solver_has_a_name():
     from flaxdiff.training import SAMPLERS
     from laws import SAMPLER_CLASSES
     assert set(SAMPLERS.values()) == set(SAMPLER_CLASSES.values()) - {SAMPLER_CLASSES["FewStepSampler"]}
+
+
+# ---------------------------------------------------------------- the old places
+
+OLD = """SCHEDULES PREDICTORS SAMPLERS LOSSES CHOICES KINDS make_network NetworkConfig LearningConfig TrainConfig check_config sampler_of
+learning_rate make_optimizer make_trainer write_whole write_json RunRecord train_run load_run train_parser read_settings read_config
+choose_config train_main sample_parser sample_main save_grid sample_run"""
+
+
+def test_every_old_name_is_still_there():
+    from flaxdiff import training
+    assert set(OLD.split()) <= set(training.__all__) and all(hasattr(training, name) for name in training.__all__)
+
+
+# ---------------------------------------------------------------- bad input
+
+def refused(command, words, named, capsys):
+    "A command that fails by one line, which names the flag, with status 2."
+    with pytest.raises(SystemExit) as e: command([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and len(said.splitlines()) == 1 and "error:" in said and named in said, said
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--config", ""], "config"), (["--config", "."], "config"), (["--learning-rate", "inf"], "--learning-rate"),
+    (["--learning-rate", "nan"], "--learning-rate"), (["--sigma-data", "inf"], "--sigma-data"), (["--sigma-data", "nan"], "--sigma-data"),
+    (["--sigma-data", "0"], "--sigma-data"), (["--clip", "nan"], "--clip"), (["--ema-decay", "nan"], "--ema-decay"), (["--augment", "nan"], "--augment"),
+    (["--ema-profiles", "nan"], "--ema-profiles"), (["--features", ","], "--features"), (["--features", "0"], "--features"), (["--seed", "-1"], "--seed"),
+    (["--seed", "4294967296"], "--seed"), (["--max-damaged", "-5"], "--max-damaged"), (["--batch-size", "1000000000000"], "--batch-size"),
+    (["--batch-size", "0"], "--batch-size"), (["--steps", "x"], "--steps"), (["--no-such-flag"], "--no-such-flag"), (["--schedule", "sigmoid"], "--schedule"),
+    (["--dataset", "folder:"], "--dataset"), (["--dataset", "folder:~no-such-user-here/x"], "--dataset"), (["--data-dir", "", "--dataset", "flowers"], "--data-dir")])
+def test_bad_settings_are_one_line_that_names_the_flag(words, named, tmp_path, capsys):
+    refused(train_main, ["--out", tmp_path / "run", *words], named, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["", " ", "gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "a file", "~no-such-user-here/run"])
+def test_an_out_that_can_be_no_folder_is_refused_before_anything_is_written(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("mine")
+    refused(train_main, [*FLAGS, "--out", out], "--out", capsys)
+    with pytest.raises(ValueError, match="out must"): train_run(TINY, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["a file"] and (tmp_path / "a file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "3", "{", ""])
+def test_a_summary_that_is_none_is_named(text, tmp_path, capsys):
+    (tmp_path / "summary.json").write_text(text)
+    refused(train_main, [*FLAGS, "--out", tmp_path, "--resume"], "summary.json", capsys)
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "steps"])
+def test_settings_that_are_none_are_named(text, tmp_path, capsys):
+    (tmp_path / "c.json").write_text(text)
+    refused(train_main, ["--config", tmp_path / "c.json", "--out", tmp_path / "run"], "--config", capsys)
+
+
+def test_home_is_expanded(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(finished[0])
+    (tmp_path / "c.toml").write_text("steps = 3")
+    sample_main("~/run --num 2 --steps 3 --out ~/grid.png --save ~/a.npy".split())
+    assert (tmp_path / "grid.png").exists() and (tmp_path / "a.npy").exists()
+    assert run_folder("~/new") == tmp_path / "new" and read_settings("~/c.toml") == {"steps": 3} and local_path("x", "a/~") .name == "~"
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--num", "100000000000"], "GB"), (["--seed", "-1"], "--seed"), (["--seed", "4294967296"], "--seed"), (["--steps", "0"], "--steps"),
+    (["--out", ""], "--out"), (["--out", "gs://b/a.png"], "--out"), (["--out", "a.gif"], ".jpg"), (["--out", "."], "--out"), (["--save", ""], "--save"),
+    (["--save", "."], "--save"), (["--grid", "steps"], "--grid"), (["--sampler", "dpmpp_2s_ancestral"], "dpmpp_2s"), (["--sampler", ""], "--sampler"),
+    (["--sampler", "ddim", "--eta", "nan"], "--eta"), (["--sampler", "ddim", "--eta", "2"], "--eta"), (["--sampler", "edm", "--s-churn", "inf"], "--s-churn"),
+    (["--sampler", "unipc", "--order", "9"], "--order"), (["--eta", "1"], "--frame"), (["--sampler", "euler", "--order", "2"], "none"),
+    (["--sampler", "unipc", "--no-multistep"], "--corrector"), (["--sampler", "dpmpp_2m", "--order", "3"], "--order"),
+    (["--sampler", "dpm++ 2m karras", "--grid", "uniform"], "--grid")])
+def test_bad_requests_are_one_line_that_names_the_flag(finished, words, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(sample_main, [finished[0], *words], named, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- text and pictures
+
+BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a machine whose text is ASCII
+
+
+def bare(program, **env):
+    env = {**os.environ, **BARE, **env}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("module, main", [("train", "train_main"), ("sample", "sample_main"), ("tpu", "tpu_main")])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_help_on_a_console_that_is_not_utf8(module, main, encoding):
+    done = bare(f"from flaxdiff.cli.{module} import {main}; {main}(['--help'])", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and not done.stderr and b"usage: flaxdiff" in done.stdout
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "c.toml").write_text('dataset = "folder:Bücher"  # wie früher √', encoding="utf-8")
+    (tmp_path / "c.json").write_text('{"wandb": "Größe"}', encoding="utf-8-sig")
+    done = bare(f"""if True:
+        import locale
+        from flaxdiff.cli.train import read_settings, write_text
+        assert locale.getpreferredencoding(False).lower().startswith("ansi")
+        for name in ("toml", "json"): print(ascii(read_settings({str(tmp_path)!r} + "/c." + name)))
+        write_text({str(tmp_path / "t.csv")!r}, "\\u221a")""")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().splitlines() == [ascii({"dataset": "folder:Bücher"}), ascii({"wandb": "Größe"})]
+    assert (tmp_path / "t.csv").read_bytes() == "√".encode()
+
+
+def test_all_greys_come_back(tmp_path):
+    greys = np.arange(256, dtype=np.uint8)
+    for name in ("a.png", "a.webp", "plain"):
+        save_grid(tmp_path / name, (greys / 127.5 - 1).astype(np.float32).reshape(1, 16, 16, 1), pixels=16)
+        back = np.asarray(PIL.Image.open(tmp_path / name))
+        assert back.shape == (16, 16, 3) and np.array_equal(back[..., 0].ravel(), greys)
+
+
+def test_the_name_says_what_kind_of_picture(tmp_path):
+    images = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8, 1)
+    for name, kind in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("A.JPEG", "JPEG"), ("a.webp", "WEBP"), ("plain", "PNG")):
+        save_grid(tmp_path / name, images)
+        assert PIL.Image.open(tmp_path / name).format == kind
+    with pytest.raises(ValueError, match=r"\.png.*a\.bmp"): save_grid(tmp_path / "a.bmp", images)
+
+
+# ---------------------------------------------------------------- the rate, the schedules
+
+@pytest.mark.parametrize("decay", ["cosine", "constant", "rsqrt"])
+def test_without_a_warmup_the_first_update_has_the_full_rate(decay):
+    config = dataclasses.replace(TINY, decay=decay, warmup=0)
+    assert float(learning_rate(config)(0)) == pytest.approx(config.learning_rate)
+    rates = [float(learning_rate(config)(k)) for k in range(20)]
+    assert all(a >= b > 0 for a, b in zip(rates, rates[1:]))
+    warm = [float(learning_rate(dataclasses.replace(config, warmup=4))(k)) / config.learning_rate for k in range(5)]
+    assert warm == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+
+
+def test_one_update_without_a_warmup_changes_something(tmp_path):
+    config = dataclasses.replace(TINY, steps=1, warmup=0)
+    before = fingerprint(build_trainer(config).state.params)
+    assert train_run(config, tmp_path / "run", progress=False)["params_sha256"] != before
+
+
+@pytest.mark.parametrize("schedule", ["vp", pytest.param("sub-vp", marks=pytest.mark.slow), pytest.param("ve", marks=pytest.mark.slow)])
+def test_the_processes_of_the_sde_chapter_train_and_sample(schedule):
+    trainer, data, _ = make_trainer(dataclasses.replace(TINY, schedule=schedule, predictor="epsilon"))
+    trainer.fit(data, 2, progress=False)
+    images = sampler_of(trainer, "dpm-solver++").generate_images(2, 5, rng=0, grid=GRIDS[default_grid("dpm-solver++", trainer.noise_schedule)])
+    assert np.isfinite(trainer.losses).all() and np.isfinite(images).all()
+
+
+def test_a_trainer_is_built_without_its_data():
+    assert build_trainer(dataclasses.replace(TINY, dataset="folder:/no/such", image_size=8, channels=1)).model.image_shape == (8, 8, 1)
+
+
+def test_topics_begin_at_fields():
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    assert [name for name in names if name in TOPICS] == list(TOPICS) and names[0] in TOPICS
+    text = train_parser().format_help()
+    assert all(f"\n{title}:" in text for title in TOPICS.values())
+
+
+# ---------------------------------------------------------------- solvers by other names, their options and levels
+
+@pytest.mark.parametrize("name, due", [
+    ("heun", ("heun", {}, None)), ("dpm-solver++", ("dpm-solver++", {}, None)), ("k_euler", ("euler", {}, None)), ("euler_a", ("euler-ancestral", {}, None)),
+    ("Euler a", ("euler-ancestral", {}, None)), ("dpmpp_2m", ("dpm-solver++", {"order": 2}, None)), ("DPM++ 2M Karras", ("dpm-solver++", {"order": 2}, "karras")),
+    ("dpmpp_2s", ("dpm-solver++", {"order": 2, "multistep": False}, None)), ("dpmpp_3m_sde", ("dpm-solver++", {"order": 3, "stochastic": True}, None)),
+    ("dpmpp_2m_sde", ("dpm-solver++", {"order": 2, "stochastic": True}, None)), ("dpmpp_sde", ("dpm-solver++", {"order": 2, "multistep": False, "stochastic": True}, None)),
+    ("uni_pc", ("unipc", {}, None)), ("dpm_2", ("dpm-solver", {"order": 2}, None)), ("k_lms exponential", ("lms", {}, "lambda"))])
+def test_common_names_are_understood(name, due): assert find_sampler(name) == due
+
+
+VALUES = {int: 2, float: 0.5, bool: True}
+
+
+def test_the_tables_say_what_the_solvers_take(finished):
+    "Each solver takes what the table says, and refuses every other option."
+    trainer = load_run(finished[0])
+    for name, options in ALIASES.values(): sampler_of(trainer, name, **options)
+    for option, row in OPTIONS.items():
+        value = row.choices[0] if row.choices else VALUES[row.kind]
+        for name in SAMPLERS:
+            if name in row.samplers: assert sampler_of(trainer, name, **{option: value})
+            elif (option, name) not in (("order", "plms"), ("order", "pndm"), ("order", "multistep-dpm")):  # theirs is fixed
+                if (option, name) == ("frame", "plms") or (option, name) == ("frame", "pndm"): continue
+                with pytest.raises((TypeError, ValueError)): sampler_of(trainer, name, **{option: value})
+    text = sample_parser().format_help()
+    assert all(flag_of(option) in text for option in OPTIONS) and "conditional run" not in text
+
+
+class Best:
+    "The best denoiser of Gaussian pixels of standard deviation ¼, on a schedule whose times it is told."
+    image_shape = (8, 8, 1)
+
+    def __init__(self, schedule): self.schedule = schedule
+
+    def apply(self, params, x, t):
+        alpha, sigma = self.schedule.get_rates(self.schedule.from_network_time(t))
+        return alpha / 16 / (alpha ** 2 / 16 + sigma ** 2) * x
+
+
+@pytest.fixture
+def exact_run(monkeypatch):
+    "Sampling from any RUN is from the best denoiser, on the named schedule."
+    def choose(name):
+        schedule = SCHEDULES[name]()
+        trainer = SimpleNamespace(model=Best(schedule), state=SimpleNamespace(ema_params={}), noise_schedule=schedule,
+                                  model_output_transform=X0Predictor(), config={"features": [8]})
+        monkeypatch.setattr(sampling, "load_run", lambda run: trainer)
+    return choose
+
+
+@pytest.mark.parametrize("schedule, sampler, furthest", [
+    ("cosine", "plms", 0.1), ("cosine", "pndm", 0.1), ("cosine", "dpmpp_2m", 0.1), ("cosine", "unipc", 0.1), ("cosine", "heun", 0.1), ("cosine", "euler-maruyama", 1),
+    ("linear", "unipc", 0.1), ("vp", "dpm-solver++", 0.1)])
+def test_the_default_levels_suit_the_solver(schedule, sampler, furthest, exact_run, tmp_path, monkeypatch, capsys):
+    "18 levels: the standard deviation of samples is near the right one; and the command says what it chose, in a line."
+    monkeypatch.chdir(tmp_path)
+    exact_run(schedule)
+    sample_main(["RUN", "--sampler", sampler, "--num", "128", "--save", "a.npy"])
+    assert abs(np.load("a.npy").std() / 0.25 - 1) < furthest
+    said = capsys.readouterr()
+    assert ("--grid uniform" in said.out) == (sampler != "heun") and len(said.out.splitlines()) == 1 + (sampler != "heun")
+    assert ("--steps 100" in said.err) == (sampler == "euler-maruyama") and len(said.err.splitlines()) <= 1
+
+
+def test_levels_that_were_asked_for_are_taken(exact_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exact_run("cosine")
+    drawn = {}
+    for grid in GRIDS:
+        sample_main(f"RUN --sampler unipc --grid {grid} --num 2 --steps 9 --save {grid}.npy --out a.jpg".split())
+        drawn[grid] = np.load(f"{grid}.npy")
+        assert f"{grid} grid" in capsys.readouterr().out
+    sample_main("RUN --sampler unipc --num 2 --steps 9 --save own.npy --out a.jpg".split())
+    assert np.array_equal(np.load("own.npy"), drawn["lambda"])
+    assert not any(np.array_equal(drawn[a], drawn[b]) for a in GRIDS for b in GRIDS if a < b)
+    for words in ("--no-corrector", "--order 1"):
+        sample_main(f"RUN --sampler unipc --num 2 --steps 9 --save other.npy --out a.jpg {words}".split())
+        assert not np.array_equal(np.load("other.npy"), drawn["lambda"])
+
+
+def test_enough_levels_bring_no_warning(exact_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exact_run("edm")
+    sample_main("RUN --sampler euler-maruyama --steps 100 --num 2".split())
+    assert not capsys.readouterr().err

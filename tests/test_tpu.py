@@ -303,7 +303,15 @@ def test_without_gcloud(bench):
     (lambda: ssh_tpu("t", worker="all"), "worker .*'all'"), (lambda: copy_files(["a"], "b"), "destination,"), (lambda: copy_files(["t:a"], "t:b"), "destination,"),
     (lambda: copy_files(["t:a", "b"], "."), "destination,"), (lambda: copy_files(["t:a", "u:b"], "."), "destination,"), (lambda: copy_files(["./t:a"], "."), "destination,"),
     (lambda: copy_files(["T:a"], "."), "name .*'T'"), (lambda: copy_files(["t:a"], ".", worker="all"), "worker .*'all'"), (lambda: copy_files(["a"], "t:", worker=""), "worker "),
-    (lambda: mount_bucket("t", "gs://my-bucket/folder"), "bucket .*'my-bucket/folder'"), (lambda: mount_bucket("t", "My Bucket"), "bucket "), (lambda: train_on_tpu("t", []), "words ")])
+    (lambda: mount_bucket("t", "gs://my-bucket/folder"), "bucket .*'my-bucket/folder'"), (lambda: mount_bucket("t", "My Bucket"), "bucket "), (lambda: train_on_tpu("t", []), "words "),
+    (lambda: copy_files(["--scp-flag=-oProxyCommand=x"], "t:"), "hyphen.*--scp-flag"), (lambda: copy_files(["-r", "a"], "t:"), "hyphen"), (lambda: copy_files(["t:a"], "-x"), "hyphen"),
+    (lambda: copy_files(["-t:a"], "."), "hyphen"), (lambda: set_up_tpu("t", "--index-url=x"), "package"), (lambda: mount_bucket("t", "my-bucket", "-p"), "folder"),
+    *((call, f"{what} ") for end in ("\n", " ", "\r\n") for what, call in (
+        ("name", lambda end=end: start_tpu("my-tpu" + end)), ("name", lambda end=end: tpu.find_queued("my-tpu" + end)), ("name", lambda end=end: copy_files(["a"], f"my-tpu{end}:")),
+        ("zone", lambda end=end: list_tpus(zone="us-central2-b" + end)), ("project", lambda end=end: list_tpus(project="p-1" + end)),
+        ("worker", lambda end=end: run_on_tpu("t", "a", worker="0" + end)), ("accelerator_type", lambda end=end: create_tpu("t", "v4-8" + end)),
+        ("version", lambda end=end: create_tpu("t", "v4-8", version="x" + end)), ("bucket", lambda end=end: mount_bucket("t", "my-bucket" + end)))),
+    (lambda: ssh_tpu("t", worker="٣"), "worker "), (lambda: create_tpu("t", "v4-1٣"), "accelerator_type ")])
 def test_what_cannot_be_right_is_named(call, named):
     with pytest.raises(ValueError, match=named): call()
 
