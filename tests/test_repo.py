@@ -289,6 +289,32 @@ def test_pages_have_names_of_their_own():
     assert len(names) == len(set(names)), "two notebooks differ by their number alone, and would be one page of the site"
 
 
+# ---------------------------------------------------------------- the code as a place to live in
+
+MOST_PATCHES, WIDEST = 4, 110
+
+
+def wide_lines(text): return [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDEST]
+
+
+def test_no_line_is_wider_than_a_page():
+    assert wide_lines("x" * WIDEST) == [] and wide_lines("x" * (WIDEST + 1)) == [1]
+    wide = {f"{path.relative_to(ROOT)}:{n}" for path in (ROOT / "flaxdiff").rglob("*.py") if path.name != "_modidx.py"
+            for n in wide_lines(path.read_text(encoding="utf-8"))}
+    assert not wide, ", ".join(sorted(wide))
+
+
+def test_classes_stand_in_one_piece():
+    patches = [f"{path.relative_to(ROOT)}: {name}" for path in MODULES for name in re.findall(r"^@patch.*\ndef (\w+)", path.read_text(encoding="utf-8"), re.M)]
+    assert len(patches) <= MOST_PATCHES, ", ".join(patches)
+
+
+def test_the_type_checker_has_nothing_to_say():
+    checker = Path(sys.executable).with_name("basedpyright")
+    done = subprocess.run([checker, "--pythonpath", sys.executable, "--level", "error"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 # ---------------------------------------------------------------- the documentation of every public name
 
 def fields(cls):
