@@ -29,11 +29,11 @@ class Network(Protocol):
     "What can be trained: a flax module, or anything else with these two."
     def init(self,
              key: Any,  # a random key
-             /, *inputs: Any, **options: Any) -> Any:
+             *inputs: Any, **options: Any) -> Any:
         "Fresh parameters."
     def apply(self,
               params: Any,  # of `init`; then come x (B, H, W, C), temb (B,) and the conditions
-              /, *inputs: Any, **options: Any) -> Any:
+              *inputs: Any, **options: Any) -> Any:
         "The output, (B, H, W, C)."
 
 def check_function(
