@@ -16,14 +16,16 @@ from .utils import check_positive_int
 COLORS = dict(data="#0072B2", noise="#8C8C8C", ode="#D55E00", sde="#009E73", exact="#000000", model="#CC79A7")
 
 def book_style():
-    "Matplotlib settings of every figure in the book: 90 dpi, white ground, small legible type; returns `COLORS`."
+    "Matplotlib settings of every figure in the book: 90 dpi, white, small legible type; returns `COLORS`."
     import matplotlib.pyplot as plt  # here, not above: what samples or trains needs no pictures
+    from cycler import cycler
+    order = ("data", "ode", "sde", "model", "noise", "exact")
     plt.rcParams.update({
         "figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (6.4, 3.2), "figure.facecolor": "white",
         "axes.facecolor": "white", "savefig.facecolor": "white", "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
         "legend.frameon": False, "figure.constrained_layout.use": True,
-        "axes.prop_cycle": plt.cycler(color=[COLORS[k] for k in ("data", "ode", "sde", "model", "noise", "exact")])})
+        "axes.prop_cycle": cycler(color=[COLORS[name] for name in order])})
     return COLORS
 
 # %% ../nbs/43_plots.ipynb #cb5b19eb
@@ -32,12 +34,13 @@ def to_grid(
     columns=None,  # images in a row; the smallest square by default
     pad=1,  # white pixels between neighbours
 ):
-    "One picture (rows, columns, C) of floats in [0, 1] with all images side by side; the last row may be short."
+    "One picture (rows, columns, C) of floats in [0, 1], all images side by side; the last row may be short."
     images = np.asarray(images)
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, H, W, C) with B of at least 1, got {images.shape}")
     if images.dtype.kind in "biu":
-        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}; for bytes use images / 127.5 - 1")
+        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}; "
+                         "for bytes use images / 127.5 - 1")
     images = np.clip(images.astype(np.float32) * 0.5 + 0.5, 0, 1)
     b, h, w, c = images.shape
     columns = min(b, math.ceil(math.sqrt(b)) if columns is None else check_positive_int("columns", columns))
@@ -63,7 +66,8 @@ def plotImages(
     if grid.shape[-1] not in (1, 3, 4):
         raise ValueError(f"images must have 1, 3 or 4 channels to be shown, got {grid.shape[-1]}")
     fig, ax = plt.subplots(figsize=fig_size, dpi=dpi)
-    ax.imshow(grid[..., 0] if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    picture = grid[..., 0] if grid.shape[-1] == 1 else grid
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     if title:
         ax.set_title(title)

@@ -15,18 +15,25 @@ import jax
 # %% ../nbs/36_speed.ipynb #a7d401f8
 @cache
 def compiler_options():
-    "What `jax.jit` should tell XLA about a training step: on CPUs, to keep convolutions from YNNPACK, which is slow where channels are few; else None."
+    "What `jax.jit` should tell XLA about a training step: on CPUs, no YNNPACK for convolutions; else None."
     if jax.default_backend() != "cpu": return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"  # it is slow where channels are few
+    options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
     try: jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError: return None  # an XLA that does not know it
     return options
 
 # %% ../nbs/36_speed.ipynb #46c7d235
 def keep_memory():
-    "Let this process keep a CPU step's memory for the next, not return it to Linux after each; call it before the first array is made. On other systems it does nothing."
-    if sys.platform != "linux": return
+    "Let this process keep a CPU step's memory for the next; call it before the first array is made (Linux only)."
+    if sys.platform != "linux":
+        return
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # only the calling thread's memory can be kept
-    if jax.default_backend() != "cpu": return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
-        for name, value in ((-4, 0), (-1, 2 ** 31 - 1)): mallopt(name, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    if jax.default_backend() != "cpu":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None:
+        return
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)

@@ -9,6 +9,7 @@ __all__ = ['clip_images', 'per_image', 'NoRandomKey', 'RandomMarkovState', 'as_k
 # %% ../nbs/42_core.ipynb #1ccbbf5e
 import math
 import secrets
+from typing import Any
 
 import flax.struct
 import jax
@@ -41,29 +42,31 @@ class RandomMarkovState(flax.struct.PyTreeNode):
     rng: jax.Array  # the key that has not been used yet
 
     def get_random_key(self):
-        "(the next state, a fresh key); the old state must not be used again. `NoRandomKey` where `rng` is None."
-        if self.rng is None: raise NoRandomKey("a random draw was asked of a state without a key; give rng=, a key or a seed")
+        "(the next state, a fresh key); the old one must not be used again. `NoRandomKey` where `rng` is None."
+        if self.rng is None:
+            raise NoRandomKey("a random draw was asked of a state without a key; give rng=, a key or a seed")
         rng, key = jax.random.split(self.rng)
         return self.replace(rng=rng), key
 
 # %% ../nbs/42_core.ipynb #dde1d426
 def as_key(
-    rng,  # a JAX key, a seed (a whole number in [0, 2³²)), or None for fresh randomness
-):
-    "A JAX random key; a seed makes a Threefry key, and `None` draws a new seed from the operating system at every call."
+    rng: Any,  # a JAX key, a seed (a whole number in [0, 2³²)), or None for fresh randomness
+) -> jax.Array:
+    "A JAX random key; a seed makes a Threefry key, and `None` draws a new seed from the operating system."
     if rng is None:
         rng = secrets.randbits(32)
     if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
         if not 0 <= rng < 2 ** 32:
             raise ValueError(f"rng must be a seed in [0, 2³²), a JAX random key or None, got {rng}")
         return jax.random.key(np.uint32(rng), impl="threefry2x32")
-    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
+    given: Any = rng  # the checker would narrow it by what was asked above
+    dtype, shape = getattr(given, "dtype", None), getattr(given, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        return rng
+        return given
     if dtype == np.uint32 and shape == (2,):
-        return jax.random.wrap_key_data(rng, impl="threefry2x32")
+        return jax.random.wrap_key_data(given, impl="threefry2x32")
     if dtype == np.uint32 and shape == (4,):
-        return jax.random.wrap_key_data(rng)
+        return jax.random.wrap_key_data(given)
     raise ValueError(f"rng must be one JAX random key, a whole number or None, got {rng!r}")
 
 # %% ../nbs/42_core.ipynb #181ebe74
@@ -87,11 +90,11 @@ def check_whole(
 # %% ../nbs/42_core.ipynb #624775fe
 def check_real(
     name,  # what the error should call it
-    value,  # what was given
+    value: Any,  # what was given
     low=-math.inf,  # the lower end of what will do
     high=math.inf,  # the upper end
     ends="[]",  # "[" or "(": whether the lower end will do itself; "]" or ")": the upper
-):
+) -> Any:
     "`value`, where it is one finite real number in the interval; else a `ValueError` that names it."
     try:
         number = math.nan if isinstance(value, (bool, str, bytes, np.bool_)) else float(value)
@@ -111,14 +114,14 @@ def check_flag(
     name,  # what the error should call it
     value,  # what was given
 ):
-    "`value` as True or False; a `ValueError` for anything else, such as the word 'no', which Python takes for true."
+    "`value` as True or False; a `ValueError` for anything else: Python takes the word 'no' for true."
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise ValueError(f"{name} must be True or False, got {value!r}")
 
 def check_choice(
     name,  # what the error should call it
-    value,  # what was given
+    value: Any,  # what was given
     choices,  # what will do
 ):
     "`value`, where it is one of `choices`; else a `ValueError` that names it."
@@ -144,9 +147,9 @@ def check_shape(
 
 def check_floats(
     name,  # what the error should call it
-    value,  # an array, traced or not
-):
-    "`value` as a JAX array (B, …) of floating point; a `ValueError` for integers, which would be taken for the range [-1, 1], and for a single number."
+    value: Any,  # an array, traced or not
+) -> jax.Array:
+    "`value` as a JAX array (B, …) of floating point; a `ValueError` for integers and for a single number."
     value = jnp.asarray(value)
     if value.ndim and jnp.issubdtype(value.dtype, jnp.floating):
         return value
@@ -173,7 +176,7 @@ def check_images(
 
 # %% ../nbs/42_core.ipynb #711c57da
 def __getattr__(name):
-    "What draws pictures is in `flaxdiff.plots`; its names can still be had from here, at the price of matplotlib when one is asked for."
+    "The names of `flaxdiff.plots`, which can still be had from here, their old address."
     from . import plots
     if name in plots.__all__:
         return getattr(plots, name)

@@ -294,11 +294,16 @@ def test_pages_have_names_of_their_own():
 MOST_PATCHES, WIDEST = 4, 110
 
 
-def wide_lines(text): return [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDEST]
+def wide_lines(text):
+    "Lines wider than a page, but for what nbdev writes itself: the chapter's promise as the first line, and `__all__`."
+    body = ast.parse(text).body
+    generated = {1} | {n for s in body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "__all__" for n in range(s.lineno, s.end_lineno + 1)}
+    return [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDEST and n not in generated]
 
 
 def test_no_line_is_wider_than_a_page():
-    assert wide_lines("x" * WIDEST) == [] and wide_lines("x" * (WIDEST + 1)) == [1]
+    line = lambda n: "x = '" + "y" * (n - 6) + "'"
+    assert wide_lines(f"1\n{line(WIDEST)}\n__all__ = [{line(200)[4:]}]") == [] and wide_lines(f"1\n{line(WIDEST + 1)}") == [2]
     wide = {f"{path.relative_to(ROOT)}:{n}" for path in (ROOT / "flaxdiff").rglob("*.py") if path.name != "_modidx.py"
             for n in wide_lines(path.read_text(encoding="utf-8"))}
     assert not wide, ", ".join(sorted(wide))

@@ -106,7 +106,8 @@ def open_tfds(
         import grain  # noqa: F401  (it reads array_record files for TFDS)
         import tensorflow_datasets as tfds
     except ImportError as e:
-        raise ValueError(f"name={name!r} needs TensorFlow Datasets and grain: pip install 'flaxdiff[data]'") from e
+        raise ValueError(f"name={name!r} needs TensorFlow Datasets and grain: "
+                         "pip install tensorflow-datasets grain pillow") from e
     builder = tfds.builder_from_directory(find_tfds(name, data_dir, labels), file_format="array_record")
     undecoded = {"image": tfds.decode.SkipDecoding()}
     try:  # (TFDS's decorator hides the parameters from a type checker)

@@ -268,7 +268,7 @@ class DiffusionTrainer:
         "What `training_step` is made of; a `ValueError` where an option will not do."
         return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
 
-    def initialize(self, batch: Any) -> None:  # images (B, H, W, C), or a dict with `image`; its shapes matter
+    def initialize(self, batch: Any) -> None:  # images (B, H, W, C), or a dict with `image`
         "Make fresh parameters for batches of this shape; `fit` does this with its first batch."
         image, conditioning = self.split_batch(batch)
         self.model = TrainedModel(self.model.module, tuple(image.shape[1:]))

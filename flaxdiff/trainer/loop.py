@@ -165,7 +165,8 @@ class DivergenceGuard:
                         for (low, high), total, n in zip(ends, sums, counts) if n)
         now = len(self.record.losses)
         many = f"nor was anything in the {self.max_skipped} updates up to it"
-        return (f"the loss is not finite at step {now}, {many}; the parameters are kept as they were before. Last checkpoint: {saved}. "
+        return (f"the loss is not finite at step {now}, {many}; the parameters are kept as they were before. "
+                f"Last checkpoint: {saved}. "
                 f"Try a smaller learning rate. Loss by noise level:{table}")
 
 # %% ../../nbs/34_loop.ipynb #ba5b564c
