@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
 
-from .samplers.common import DiffusionSampler
 from .schedulers.common import NoiseScheduler
 from .utils import per_image
 
@@ -139,60 +138,4 @@ def score_from_x0(noise_schedule,  # a `NoiseScheduler`
     alpha, sigma = per_image(noise_schedule.alpha(t), x_t), per_image(noise_schedule.sigma(t), x_t)
     return (alpha * x0 - x_t) / sigma ** 2
 
-# %% ../nbs/09_sde.ipynb #0c30d477
-class EulerMaruyamaSampler(DiffusionSampler):
-    "The reverse SDE by Euler's method with noise, in y = x/α on the clock u² = σ²/α² (Anderson 1982; Song et al. 2021b)."
-    def plan(self,
-             times,  # (N,): all the times, falling
-            ):
-        "(α_s, σ_s ρ, σ_s √(1/ρ² - 1)) for each step, with ρ = u_s/u_t."
-        ns, t, s = self.noise_schedule, times[:-1], times[1:]
-        pure = ns.alpha(t) == 0  # u_t = ∞: the step there is DDIM's, and any finite row will do
-        fall = jnp.where(pure, 1, ns.log_snr(s) - ns.log_snr(jnp.where(pure, s, t)))  # log 1/ρ²
-        return ns.alpha(s), ns.sigma(s) * jnp.exp(-fall / 2), ns.sigma(s) * jnp.sqrt(jnp.expm1(fall))
-
-    def take_next_step(self, current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=None):
-        "y_s = y_t - (u_t² - u_s²) ε̂/u_t + √(u_t² - u_s²) z."
-        alpha, kept, fresh = state.plan
-        state, key = state.get_random_key()
-        z = jax.random.normal(key, current_samples.shape, current_samples.dtype)
-        return alpha * reconstructed_samples + kept * pred_noise + fresh * z, state
-
-# %% ../nbs/09_sde.ipynb #0cb3363f
-def _square(v):
-    "|v|² of each image, (B, 1, …, 1), in float32 at least."
-    return jnp.sum(jnp.square(v.astype(jnp.promote_types(v.dtype, jnp.float32))), tuple(range(1, v.ndim)), keepdims=True)
-
-class PredictorCorrectorSampler(EulerMaruyamaSampler):
-    "Euler–Maruyama to the next level, then Langevin steps there (Song et al. 2021b, algorithms 4 and 5)."
-    def __init__(self, *args,
-                 corrector_steps=1,  # Langevin steps at each new level, one network call each
-                 snr=0.16,  # r: length of the pull over length of the noise, in a Langevin step
-                 **kwargs):
-        super().__init__(*args, **kwargs)
-        if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, (int, np.integer)) or corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be a whole number of at least 0, got {corrector_steps!r}")
-        if not 0 < snr < math.inf: raise ValueError(f"snr must be finite and above 0, got {snr}")
-        self.corrector_steps, self.snr = int(corrector_steps), snr
-
-    def take_next_step(self, current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=None):
-        "Predict x_s, then correct it."
-        x, state = super().take_next_step(current_samples, reconstructed_samples, pred_noise, current_step, state, next_step)
-        for _ in range(self.corrector_steps): x, state = self.correct(x.astype(current_samples.dtype), next_step, state)
-        return x, state
-
-# %% ../nbs/09_sde.ipynb #d9452f63
-@patch
-def correct(self: PredictorCorrectorSampler,
-            x,  # (B, …): samples at s
-            s,  # scalar: their time
-            state,  # a `SamplerState`
-           ):
-    "One Langevin step at s: x + ε ∇log p + √(2ε) z, ε = 2 α_i (r |z|/|∇log p|)² for each image, at most α² + σ²."
-    ns = self.noise_schedule
-    alpha, sigma, before = ns.alpha(s), ns.sigma(s), ns.alpha(jnp.maximum(s - ns.max_timesteps / 1000, 0))
-    state, key = state.get_random_key()
-    z, eps = jax.random.normal(key, x.shape, x.dtype), state.denoise(x, s)[1]
-    size = 2 * (alpha / before) ** 2 * self.snr ** 2 * _square(z) / _square(eps)  # ε in units of σ²
-    size = jnp.minimum(size, 1 + (alpha / sigma) ** 2)
-    return x + sigma * (jnp.sqrt(2 * size) * z - size * eps), state
+from .samplers.sde import EulerMaruyamaSampler, PredictorCorrectorSampler

@@ -17,6 +17,7 @@ from ..utils import per_image
 class NoiseScheduler:
     "A process x_t = α(t) x₀ + σ(t) ε on 0 ≤ t ≤ T; a subclass defines `alpha`, `sigma` and `get_timesteps`."
     variance_exploding = False  # True where α ≡ 1
+    last_time = property(lambda self: self.max_timesteps)  # TEMP
     min_time = 0.0  # the smallest t a network is called at: σ(min_time) > 0
 
     def __init__(self,

@@ -17,6 +17,7 @@ from .common import NoiseScheduler
 class KarrasVENoiseScheduler(NoiseScheduler):
     "α = 1 and σ(t)^(1/ρ) linear in t (Karras et al. 2022, eq. 5); training times are uniform."
     variance_exploding = True
+    last_time = np.inf
 
     def __init__(self,
                  timesteps=1,  # T
