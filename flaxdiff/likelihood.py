@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .samplers.common import DiffusionSampler
-from .samplers.ode import make_frame
-from .utils import as_key, check_positive_int, per_image
+from flaxdiff.denoiser import as_denoiser, check_conditioning
+from flaxdiff.samplers.common import prior_std
+from flaxdiff.samplers.frames import make_frame
+from flaxdiff.samplers.grids import check_steps, make_steps
+from flaxdiff.utils import as_key, check_choice, check_flag, check_floats, check_positive_int, check_real, per_image
 
 # %% ../nbs/13_likelihood.ipynb #ceb8e892
 def divergence(
@@ -39,75 +41,127 @@ METHODS = {  # Runge–Kutta methods: where the slopes are taken, what leads the
     "heun": ([0, 1], [[0, 0], [1, 0]], [1 / 2, 1 / 2]),
     "rk4": ([0, 1 / 2, 1 / 2, 1], [[0, 0, 0, 0], [1 / 2, 0, 0, 0], [0, 1 / 2, 0, 0], [0, 0, 1, 0]], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
-def _rk_step(rate, frame, method, state, t, s):
-    "A tuple of arrays with d state/dz = rate(state, t), carried from time t to s by one step in the frame."
+def runge_kutta_step(
+    rate,  # (state, t) -> d state/dz, a tuple of arrays
+    coordinates,  # (position of a time, time of a position)
+    method,  # one of `METHODS`
+    state,  # a tuple of arrays
+    t,  # scalar: the time they are at
+    s,  # scalar: the time to go to
+):
+    "The state at s by one step in a frame."
     nodes, rows, weights = (jnp.asarray(v, state[0].dtype) for v in METHODS[method])
-    z, h = frame.position(t), frame.position(s) - frame.position(t)
-    def add(row, slopes): return tuple(v + h * jnp.tensordot(row, k, 1, precision="highest") for v, k in zip(state, slopes))
-    def stage(slopes, now):  # a loop over the stages, so that the network stands in the program once
-        i, c, row = now
-        at = jnp.where(c == 0, t, jnp.where(c == 1, s, frame.time(z + c * h)))
-        return tuple(k.at[i].set(new) for k, new in zip(slopes, rate(add(row, slopes), at))), None
+    position, time_of = coordinates
+    z, h = position(t), position(s) - position(t)
+
+    def add(row, slopes):
+        return tuple(v + h * jnp.tensordot(row, k, 1, precision="highest") for v, k in zip(state, slopes))
+
+    def stage(slopes, row):  # a loop over the stages, so that the network stands in the program once
+        number, node, past = row
+        at = jnp.where(node == 0, t, jnp.where(node == 1, s, time_of(z + node * h)))
+        return tuple(k.at[number].set(new) for k, new in zip(slopes, rate(add(past, slopes), at))), None
+
     none = tuple(jnp.zeros((len(nodes), *v.shape), v.dtype) for v in state)
     return add(weights, jax.lax.scan(stage, none, (jnp.arange(len(nodes)), nodes, rows))[0])
 
-# %% ../nbs/13_likelihood.ipynb #e7cea368
-@partial(jax.jit, static_argnames=("sampler", "frame", "method"))
-def _flow(sampler, params, conditioning, x, times, probes, frame, method):
+# %% flow
+@partial(jax.jit, static_argnames=("schedule", "frame", "method"))
+def flow(
+    denoiser,  # a pytree, called (x, t, conditioning)
+    conditioning,  # a dict or a tuple
+    x,  # (B, …): samples at times[0]
+    times,  # (N,): rising
+    probes,  # (K, B, …), or None
+    schedule,  # the denoiser's `NoiseScheduler`
+    frame,  # a `Frame`
+    method,  # one of `METHODS`
+):
     "(x at the last of the rising times, log p(x) - log p there): the ODE and its trace in one scan."
     times = times.astype(jnp.promote_types(x.dtype, jnp.float32))
-    f = make_frame(frame, sampler.noise_schedule)
+
+    def scale(t):
+        return frame.scale(schedule.alpha(t), schedule.sigma(t))
+
+    def position(t):
+        return frame.position(schedule.alpha(t), schedule.sigma(t))
+
+    def time_of(z):
+        return schedule.get_timesteps(frame.ratio(z))
+
     def rate(state, t):
-        def slope(y): return f.slope(*sampler._ask(params, conditioning, f.scale(t) * y, t)[:2], t)
+        def slope(y):
+            x0, eps = denoiser(scale(t) * y, t, conditioning)
+            return frame.slope(x0, eps, schedule.alpha(t), schedule.sigma(t))
         return divergence(slope, state[0], probes)
-    def step(state, now): return _rk_step(rate, f, method, state, *now), None
-    y = x / f.scale(times[0])
+
+    def step(state, now):
+        return runge_kutta_step(rate, (position, time_of), method, state, *now), None
+
+    y = x / scale(times[0])
     (y, integral), _ = jax.lax.scan(step, (y, jnp.zeros(len(y), y.dtype)), (times[:-1], times[1:]))
-    stretch = jnp.log(f.scale(times[-1])) - jnp.log(f.scale(times[0]))  # of a unit of length, from y to x
-    return (f.scale(times[-1]) * y).astype(x.dtype), integral + y[0].size * stretch
+    stretch = jnp.log(scale(times[-1])) - jnp.log(scale(times[0]))  # of a unit of length, from y to x
+    return (scale(times[-1]) * y).astype(x.dtype), integral + y[0].size * stretch
 
 # %% ../nbs/13_likelihood.ipynb #c150e57e
+def open_denoiser(
+    denoiser,  # a `DiffusionSampler`, a `Denoiser`, or any callable like one that carries its `noise_schedule`
+):
+    "(a denoiser that is a pytree, its schedule)."
+    return as_denoiser(getattr(denoiser, "denoiser", denoiser))
+
 def to_noise(
-    sampler,  # a `DiffusionSampler`: network, parameters, schedule and predictor; which solver it is does not matter
+    denoiser,  # a `Denoiser`, or a `DiffusionSampler`, whose denoiser counts and whose solver does not
     x,  # (B, …): samples at the last of `steps`, the smallest noise level
     steps=50,  # how many noise levels, uniform in t; or (N,) falling times as `sample` takes them
     probes=None,  # K random probes estimate the trace (Hutchinson); None: exact, D of them
-    key=None,  # of the probes; fresh by default
+    key=None,  # of the probes, an older name of `rng`
     gaussian=False,  # normal probes instead of random signs
     method="rk4",  # "euler", "heun" or "rk4": order 1, 2 or 4
-    frame=None,  # coordinates: "sigma" where α ≡ 1, else "angle"; or "lambda", or a class
-    conditioning=(),  # further arguments of the model, each (B, …)
+    frame=None,  # coordinates: "sigma" where α ≡ 1, else "angle"; or "lambda", or a `Frame`
+    conditioning=(),  # a dict or tuple of further arguments of the model, each (B, …)
+    rng=None,  # a key or a seed, of the probes; fresh by default
 ):
     "(x_T, log p(x) - log p_T(x_T) in nats (B,)): up the probability-flow ODE (Song et al. 2021b, eq. 39)."
-    x, steps = _check(sampler, x, steps)
-    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    denoiser, schedule = open_denoiser(denoiser)
+    x = check_floats("x", x)
+    steps = times_of(schedule, steps)
+    check_choice("method", method, tuple(METHODS))
+    check_flag("gaussian", gaussian)
+    check_conditioning(conditioning, len(x))
+    frame = make_frame(frame, schedule)
     if probes is not None:
-        draw, shape = jax.random.normal if gaussian else jax.random.rademacher, (len(x), check_positive_int("probes", probes), *x.shape[1:])
-        probes = jnp.moveaxis(draw(as_key(key), shape, jnp.promote_types(x.dtype, jnp.float32)), 1, 0)  # image i's own, whatever B
-    return _flow(sampler, sampler.params, tuple(conditioning), x, jnp.asarray(steps[::-1]), probes, frame=frame, method=method)
+        draw = jax.random.normal if gaussian else jax.random.rademacher
+        shape = (len(x), check_positive_int("probes", probes), *x.shape[1:])
+        drawn = draw(as_key(key if rng is None else rng), shape, jnp.promote_types(x.dtype, jnp.float32))
+        probes = jnp.moveaxis(drawn, 1, 0)  # image i's own, whatever B
+    return flow(denoiser, conditioning, x, jnp.asarray(steps[::-1]), probes, schedule=schedule, frame=frame, method=method)
 
-# %% ../nbs/13_likelihood.ipynb #d29c5a5d
+# %% log_likelihood
 def log_likelihood(
-    sampler,  # a `DiffusionSampler`
+    denoiser,  # a `Denoiser`, or a `DiffusionSampler`
     x,  # (B, …): samples at the smallest noise level
     steps=50,  # how many noise levels, or (N,) falling times
-    prior=None,  # (x_T, α, σ) -> (B,): log density at the first time; normal with the sampler's own std by default
-    **options,  # `probes`, `key`, `gaussian`, `method`, `frame`, `conditioning`: those of `to_noise`
+    prior=None,  # (x_T, α, σ) -> (B,): log density at the first time; normal with the std that sampling starts from by default
+    **options,  # `probes`, `rng`, `gaussian`, `method`, `frame`, `conditioning`: those of `to_noise`
 ):
     "log p(x) of what the ODE makes of noise, in nats, (B,): a density at the smallest noise level, not at none."
-    x, steps = _check(sampler, x, steps)
-    x_T, change = to_noise(sampler, x, steps, **options)
-    if prior is not None: return prior(x_T, sampler.noise_schedule.alpha(steps[0]), sampler.noise_schedule.sigma(steps[0])) + change
-    z = x_T / jnp.asarray(sampler._prior_std(steps[0]), x_T.dtype)
+    schedule = open_denoiser(denoiser)[1]
+    x = check_floats("x", x)
+    steps = times_of(schedule, steps)
+    x_T, change = to_noise(denoiser, x, steps, **options)
+    if prior is not None:
+        return prior(x_T, schedule.alpha(steps[0]), schedule.sigma(steps[0])) + change
+    std = jnp.asarray(prior_std(schedule, steps[0]), x_T.dtype)
     axes = tuple(range(1, x.ndim))
-    return change - jnp.sum(z ** 2 + jnp.log(2 * jnp.pi), axes) / 2 - x[0].size * jnp.log(jnp.asarray(sampler._prior_std(steps[0]), x_T.dtype))
+    return change - jnp.sum((x_T / std) ** 2 + jnp.log(2 * jnp.pi), axes) / 2 - x[0].size * jnp.log(std)
 
-def _check(sampler, x, steps, name="x"):
-    "x as an array and `steps` as falling times; else a `ValueError` that names the argument."
-    if not isinstance(sampler, DiffusionSampler): raise ValueError(f"sampler must be a DiffusionSampler, got {type(sampler).__name__}")
-    x = jnp.asarray(x)
-    if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating): raise ValueError(f"{name} must be floating point, (B, …), got {x.dtype}, {x.shape}")
-    return x, sampler.make_steps(steps) if np.ndim(steps) == 0 else sampler._check_steps(steps)
+def times_of(
+    schedule,  # a `NoiseScheduler`
+    steps,  # how many noise levels, uniform in t; or (N,) falling times
+):
+    "(N,) falling times, checked."
+    return make_steps(schedule, steps) if np.ndim(steps) == 0 else check_steps(schedule, steps)
 
 # %% ../nbs/13_likelihood.ipynb #b5cc25fb
 def bits_per_dim(
@@ -116,7 +170,7 @@ def bits_per_dim(
     step=1 / 127.5,  # between neighbouring grey values of x; 1: log_p is a probability already
 ):
     "-log₂ of the probability that the density gives a cell of width `step`, for each of the D numbers."
-    if not step > 0: raise ValueError(f"step must be above 0, got {step}")
+    check_real("step", step, 0, ends="(]")
     return -(log_p / np.prod(shape) + np.log(step)) / np.log(2)
 
 def dequantise(
@@ -140,57 +194,94 @@ class VariationalBound(NamedTuple):
         return sum(self)
 
 # %% ../nbs/13_likelihood.ipynb #f86541b8
-def variational_bound(
-    sampler,  # a `DiffusionSampler`
+@partial(jax.jit, static_argnames=("schedule", "draws", "continuous"))
+def diffusion_loss(
+    denoiser,  # a pytree, called (x, t, conditioning)
+    conditioning,  # a dict or a tuple
     x0,  # (B, …): clean data
-    steps=50,  # how many noise levels, or (N,) falling times
-    key=None,  # of the noise; fresh by default
-    draws=1,  # of noise for each image and level
-    continuous=False,  # infinitely many levels; `steps` then only spreads the draws
-    step=None,  # between neighbouring grey values, for the probability of discrete data; None: a density
-    conditioning=(),  # further arguments of the model, each (B, …)
+    times,  # (N,): falling
+    key,  # a JAX random key
+    schedule,  # the denoiser's `NoiseScheduler`
+    draws,  # of noise for each image and level
+    continuous,  # a t within each pair of levels
 ):
-    "-log p(x₀) at most (Kingma et al. 2021, section 4; continuous: section 5), estimated without bias by N-1 network calls a draw."
-    x0, steps = _check(sampler, x0, steps, "x0")
-    n, (noise, last) = check_positive_int("draws", draws), jax.random.split(as_key(key))
-    if step is not None and not (step > 0 and abs(2 / step - round(2 / step)) < 1e-6): raise ValueError(f"step must divide the range from -1 to 1, got {step}")
-    times = jnp.asarray(np.array(steps), jnp.promote_types(x0.dtype, jnp.float32))
-    diffusion = _diffusion(sampler, sampler.params, tuple(conditioning), x0, times, noise, draws=n, continuous=bool(continuous))
-    return VariationalBound(_prior(sampler, x0, times[0]), diffusion, _reconstruction(sampler, x0, times[-1], last, n, step))
-
-# %% ../nbs/13_likelihood.ipynb #2654a960
-@partial(jax.jit, static_argnames=("sampler", "draws", "continuous"))
-def _diffusion(sampler, params, conditioning, x0, times, key, draws, continuous):
     "Σ ½ (SNR(s) - SNR(t)) |x₀ - x̂₀|², each t once a draw; continuous: the mean over a t within (s, t)."
-    schedule, B = sampler.noise_schedule, len(x0)
-    def snr(t): return (schedule.alpha(t) / schedule.sigma(t)) ** 2
-    def level(total, now):
-        t, s, key = now
+    def snr(t):
+        return (schedule.alpha(t) / schedule.sigma(t)) ** 2
+
+    def level(total, row):
+        t, s, key = row
         where, noise = jax.random.split(key)
         weight = snr(s) - snr(t)
         if continuous:
-            gap, t = t - s, s + (t - s) * jax.random.uniform(where, (B,), times.dtype)
+            gap = t - s
+            t = s + gap * jax.random.uniform(where, (len(x0),), times.dtype)
             weight = gap * -jax.jvp(snr, (t,), (jnp.ones_like(t),))[1]
         xt = schedule.add_noise(x0, jax.random.normal(noise, x0.shape, x0.dtype), t)
-        miss = x0 - sampler._ask(params, conditioning, xt, t)[0]
+        miss = x0 - denoiser(xt, t, conditioning)[0]
         return total + weight / 2 * jnp.sum(miss ** 2, tuple(range(1, x0.ndim))), None
-    t, s = (jnp.tile(v, draws) for v in (times[:-1], times[1:]))
-    return jax.lax.scan(level, jnp.zeros(B, times.dtype), (t, s, jax.random.split(key, len(t))))[0] / draws
 
-# %% ../nbs/13_likelihood.ipynb #4ca2208c
-def _prior(sampler, x0, t):
-    "KL(N(α x₀, σ²) ‖ N(0, std²)) at the first level."
-    alpha, sigma, std = sampler.noise_schedule.alpha(t), sampler.noise_schedule.sigma(t), sampler._prior_std(t)
+    t, s = (jnp.tile(v, draws) for v in (times[:-1], times[1:]))
+    return jax.lax.scan(level, jnp.zeros(len(x0), times.dtype), (t, s, jax.random.split(key, len(t))))[0] / draws
+
+# %% parts
+def prior_loss(
+    schedule,  # a `NoiseScheduler`
+    x0,  # (B, …): clean data
+    t,  # scalar: the first time
+):
+    "KL(N(α x₀, σ²) ‖ N(0, std²)) at the first level, (B,)."
+    alpha, sigma, std = schedule.alpha(t), schedule.sigma(t), prior_std(schedule, t)
     ratio = (sigma / std) ** 2
     return 0.5 * jnp.sum((alpha * x0 / std) ** 2 + ratio - 1 - jnp.log(ratio), tuple(range(1, x0.ndim)))
 
-def _reconstruction(sampler, x0, s, key, draws, step):
-    "-log p(x₀ | x_s) on average: by N(x_s/α, σ²/α²), or by the grey values in proportion to N(x_s; α x₀, σ²)."
-    alpha, sigma = sampler.noise_schedule.alpha(s), sampler.noise_schedule.sigma(s)
-    if step is None: return jnp.full(len(x0), x0[0].size / 2 * (1 + jnp.log(2 * jnp.pi * (sigma / alpha) ** 2)))
+def reconstruction_loss(
+    schedule,  # a `NoiseScheduler`
+    x0,  # (B, …): clean data
+    s,  # scalar: the last time
+    key,  # a JAX random key
+    draws,  # of noise for each image
+    step,  # between neighbouring grey values; None: a density
+):
+    "-log p(x₀ | x_s) on average, (B,): by N(x_s/α, σ²/α²), or by the grey values in proportion to N(x_s; α x₀, σ²)."
+    alpha, sigma = schedule.alpha(s), schedule.sigma(s)
+    if step is None:
+        return jnp.full(len(x0), x0[0].size / 2 * (1 + jnp.log(2 * jnp.pi * (sigma / alpha) ** 2)))
     greys = jnp.linspace(-1, 1, round(2 / step) + 1, dtype=x0.dtype)
+
     def one(key):
         xs = alpha * x0 + sigma * jax.random.normal(key, x0.shape, x0.dtype)
-        def fit(v): return -0.5 * ((xs - alpha * v) / sigma) ** 2
+
+        def fit(v):
+            return -0.5 * ((xs - alpha * v) / sigma) ** 2
+
         return jnp.sum(jax.nn.logsumexp(jax.vmap(fit)(greys), 0) - fit(x0), tuple(range(1, x0.ndim)))
+
     return jnp.mean(jax.lax.map(one, jax.random.split(key, draws)), 0)
+
+# %% bound
+def variational_bound(
+    denoiser,  # a `Denoiser`, or a `DiffusionSampler`
+    x0,  # (B, …): clean data
+    steps=50,  # how many noise levels, or (N,) falling times
+    key=None,  # of the noise, an older name of `rng`
+    draws=1,  # of noise for each image and level
+    continuous=False,  # infinitely many levels; `steps` then only spreads the draws
+    step=None,  # between neighbouring grey values, for the probability of discrete data; None: a density
+    conditioning=(),  # a dict or tuple of further arguments of the model, each (B, …)
+    rng=None,  # a key or a seed, of the noise; fresh by default
+):
+    "-log p(x₀) at most (Kingma et al. 2021, section 4; continuous: section 5), estimated without bias by N-1 network calls a draw."
+    denoiser, schedule = open_denoiser(denoiser)
+    x0 = check_floats("x0", x0)
+    steps = times_of(schedule, steps)
+    draws = check_positive_int("draws", draws)
+    continuous = check_flag("continuous", continuous)
+    check_conditioning(conditioning, len(x0))
+    if step is not None and (not check_real("step", step, 0, ends="(]") or abs(2 / step - round(2 / step)) > 1e-6):
+        raise ValueError(f"step must divide the range from -1 to 1, got {step}")
+    noise_key, last_key = jax.random.split(as_key(key if rng is None else rng))
+    times = jnp.asarray(np.array(steps), jnp.promote_types(x0.dtype, jnp.float32))
+    diffusion = diffusion_loss(denoiser, conditioning, x0, times, noise_key, schedule=schedule, draws=draws, continuous=continuous)
+    reconstruction = reconstruction_loss(schedule, x0, times[-1], last_key, draws, step)
+    return VariationalBound(prior_loss(schedule, x0, times[0]), diffusion, reconstruction)

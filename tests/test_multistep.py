@@ -11,7 +11,7 @@ from flaxdiff.exact import ExactModel, GaussianMixture
 from flaxdiff.samplers import (DDIMSampler, DEISSampler, DPMSolverPlusPlusSampler, DPMSolverSampler, EulerSampler, LMSSampler, MultiStepDPM, PLMSSampler,
                                PNDMSampler, UniPCSampler, karras_grid)
 from flaxdiff.samplers.multistep import step_weights
-from laws import MIXTURE, POINT, PREDICTORS, SCHEDULES, WAVE, ZERO_SNR, Wave, exact_sampler, x64
+from laws import plan_table, MIXTURE, POINT, PREDICTORS, SCHEDULES, WAVE, ZERO_SNR, Wave, exact_sampler, x64
 
 EDM, LINEAR, ZERO = SCHEDULES["EDMNoiseScheduler"], SCHEDULES["LinearNoiseSchedule"], ZERO_SNR["CosineNoiseSchedule-zero-snr"]
 V = PREDICTORS["VPredictor"]
@@ -44,13 +44,16 @@ def order(cls, ns=(64, 128), u0=8.0, equal=False, graded=0, **options):
 
 # Weights
 
+def all_weights(z, ages, **how): return jnp.stack([step_weights(z, i, ages, **how) for i in range(len(z) - 1)])
+
+
 @pytest.mark.parametrize("size, rate", [(1, 0), (1, -1), (2, -2), (1, 1)], ids=["1", "data", "sde", "noise"])
 def test_weights_are_the_integrals(size, rate, x64):
     "Of the Lagrange polynomials through the levels known so far, the level ahead too; against adaptive quadrature."
     z = np.array([0.3, 0.9, 1.1, 2.4, 5.0, 5.2])
     for first in (0, 1):
         for ages in ((0, 1, 2, 3), (-1, 0, 1)):
-            got = np.asarray(step_weights(jnp.asarray(z), ages, lambda ahead: size * jnp.exp(rate * ahead), first))
+            got = np.asarray(all_weights(jnp.asarray(z), ages, kernel=lambda ahead: size * jnp.exp(rate * ahead), first=first))
             for n in range(first, 5):
                 known = [n - age for age in ages if n - age >= first]
                 for j, age in enumerate(ages):
@@ -60,15 +63,15 @@ def test_weights_are_the_integrals(size, rate, x64):
 
 
 def test_weights_of_equal_steps(x64):
-    w = np.asarray(step_weights(jnp.arange(6.0), range(4)))
+    w = np.asarray(all_weights(jnp.arange(6.0), range(4)))
     np.testing.assert_allclose(w * [[1], [2], [12], [24], [24]], [[1, 0, 0, 0], [3, -1, 0, 0], [23, -16, 5, 0], [55, -59, 37, -9], [55, -59, 37, -9]], atol=1e-11)
 
 
 def test_weights_have_finite_gradients_and_need_no_steps():
     for schedule, cls, o in ((ZERO, UniPCSampler, {"order": 3}), (ZERO, DPMSolverPlusPlusSampler, {"stochastic": True}), (LINEAR, DPMSolverSampler, {"order": 3})):
         sampler, T = cls(WAVE, Wave.params, schedule, V, **o), schedule.max_timesteps
-        total = lambda t: sum(jnp.sum(v.astype(t.dtype)) for v in jax.tree.leaves(sampler.plan(t)))
-        with_first = lambda rest: total(jnp.concatenate([jnp.array([T], rest.dtype), rest]))  # α itself has no slope where it is 0
+        total = lambda t, first=0: sum(jnp.sum(v.astype(t.dtype)) for v in jax.tree.leaves(plan_table(sampler, t, first)))
+        with_first = lambda rest: total(jnp.concatenate([jnp.array([T], rest.dtype), rest]), int(schedule is ZERO))  # from pure noise the step is DDIM's
         for f, times in ((with_first, jnp.linspace(0.9 * T, 1, 4)), (total, jnp.array([0.5 * T]))):
             value, slope = jax.jit(jax.value_and_grad(f))(times)
             assert np.isfinite(value) and np.all(np.isfinite(slope)), (cls, len(times))

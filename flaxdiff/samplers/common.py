@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.denoiser import Level, as_denoiser, check_conditioning
+from flaxdiff.denoiser import Denoiser, Level, as_denoiser, check_conditioning
 from flaxdiff.samplers.grids import check_resolution, check_steps, make_steps
 from flaxdiff.utils import NoRandomKey, RandomMarkovState, as_key, check_flag, check_floats, check_positive_int, check_shape, clip_images
 
@@ -37,22 +37,22 @@ class SamplerState(RandomMarkovState):
 class Programs:
     "The compiled programs of one function, the last few used: older ones are let go, with the memory that they map."
     def __init__(self,
-                 function,  # pure; its arrays by place, its switches by name
-                 keep=16,  # how many
+                 function,  # pure; takes arrays by place and switches by name
+                 switches=(),  # the names of its switches
+                 keep=16,  # how many programs
                 ):
-        self.function = function
+        self.jitted = jax.jit(function, static_argnames=switches)
         self.keep = keep
         self.compiled = OrderedDict()
 
     def __call__(self, *arrays, **switches):
-        "The function's answer; inside another traced function it is traced along."
+        "The function's answer; inside another traced function it is a part of that."
         leaves, structure = jax.tree.flatten(arrays)
         if any(isinstance(v, jax.core.Tracer) for v in leaves):
-            return self.function(*arrays, **switches)
+            return self.jitted(*arrays, **switches)
         key = structure, tuple(switches.items()), jax.config.jax_enable_x64, tuple(map(self.signature, leaves))
         if key not in self.compiled:
-            lowered = jax.jit(self.function, static_argnames=tuple(switches)).lower(*arrays, **switches)
-            self.compiled[key] = lowered.compile()
+            self.compiled[key] = self.jitted.lower(*arrays, **switches).compile()
         self.compiled.move_to_end(key)
         while len(self.compiled) > self.keep:
             self.compiled.popitem(last=False)
@@ -86,7 +86,7 @@ def walk(
             return denoiser.at(x, level, conditioning)
         return *denoiser(x, level.time, conditioning), None
 
-    def one_step(carry, row):
+    def one_step(carry, row, ask=ask):
         x, key, memory = carry
         _, level, next_level, plan = row
         state = SamplerState(key, memory, plan, level, next_level, None, lambda x, t: ask(x, t)[:2])
@@ -98,7 +98,8 @@ def walk(
         return x_next.astype(x.dtype), state.rng, state.memory
 
     def leave_pure_noise(carry, row):
-        x, key, memory = carry
+        x, _, memory = carry
+        _, key, _ = one_step(carry, row, lambda x, level: (x, x, x))  # only the key goes on, as the solver would have left it
         x0, eps, _ = ask(x, row[1])
         return SamplerState(key, next_level=row[2]).ddim_step(x0, eps).astype(x.dtype), key, memory
 
@@ -208,7 +209,7 @@ class DiffusionSampler:
         self.model_output_transform = getattr(self.denoiser, "model_output_transform", None)
         self.guidance_scale = guidance_scale
         self.starts_pure = float(self.noise_schedule.alpha(self.noise_schedule.max_timesteps)) == 0
-        self.programs = Programs(partial(walk, self))
+        self.programs = Programs(partial(walk, self), ("denoise_final",))
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -216,8 +217,12 @@ class DiffusionSampler:
 
     @property
     def params(self):
-        "The network's parameters, those of `denoiser`."
+        "The network's parameters, those of `denoiser`; they can be set, and no program is compiled anew."
         return getattr(self.denoiser, "params", None)
+
+    @params.setter
+    def params(self, params):
+        self.denoiser = Denoiser(self.model, params, self.noise_schedule, self.model_output_transform)
 
     def step(self,
              x,  # (B, …): x_t
