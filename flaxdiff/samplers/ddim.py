@@ -9,14 +9,14 @@ from flaxdiff.utils import check_real
 
 # %%
 class DDIMSampler(DiffusionSampler):
-    "Deterministic at η = 0, DDPM's posterior at η = 1, for any pair of times (Song et al. 2021a, eq. 12 and 16)."
+    "No chance at η = 0, DDPM's posterior at η = 1, for any pair of times (Song et al. 2021a, eq. 12 and 16)."
     def __init__(self, *args,
                  eta=0.0,  # η: share of the posterior's standard deviation that is drawn afresh
                  s_noise=1.0,  # standard deviation of the fresh noise, in units of what η asks for
                  **kwargs):
         super().__init__(*args, **kwargs)
-        self.eta = check_real("eta", eta, 0, 1)
-        self.s_noise = check_real("s_noise", s_noise, 0)
+        self.eta = float(check_real("eta", eta, 0, 1))
+        self.s_noise = float(check_real("s_noise", s_noise, 0))
 
     def plan(self, levels, i, last):
         "(√(σ_s² - ς²), ς), with ς = η √Var[x_s | x_t, x₀]."
