@@ -9,12 +9,11 @@ from flaxdiff.utils import check_choice
 
 # %%
 class DDPMSampler(DiffusionSampler):
-    "x_s drawn from the posterior of each pair of times, with x̂₀ for x₀ (Ho et al. 2020, algorithm 2). `ValueError` for another `variance`."
-    stochastic = True
+    "x_s drawn from the posterior of each pair of times, with x̂₀ for x₀ (Ho et al. 2020, algorithm 2)."
     variances = {"posterior": 0.0, "beta": 1.0, "learned": None}  # f
 
     def __init__(self, *args,
-                 variance="posterior",  # "posterior": β̃ = σ_s² g; "beta": β = σ_t² g; "learned": between, by the network's second half
+                 variance="posterior",  # "posterior" (β̃ = σ_s² g), "beta" (β = σ_t² g), or "learned"
                  **kwargs):
         super().__init__(*args, **kwargs)
         self.variance = check_choice("variance", variance, tuple(self.variances))
@@ -37,8 +36,11 @@ class DDPMSampler(DiffusionSampler):
         z = jax.random.normal(key, x.shape, x.dtype)
         return x0_weight * x0 + x_weight * x + std * widen ** f * z, state
 
-    def learned_share(self, state):
+    def learned_share(self,
+                      state,  # a `SamplerState` with the second half of the channels, (B, …)
+                     ):
         "f = (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15)."
         if state.second_half is None:
-            raise ValueError("variance='learned' needs a network with twice the channels of x, got one without; use 'posterior' or 'beta'")
+            raise ValueError("variance='learned' needs a network with twice the channels of x, "
+                             "got one without; use 'posterior' or 'beta'")
         return (state.second_half + 1) / 2
