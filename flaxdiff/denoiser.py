@@ -1,4 +1,4 @@
-"""A denoiser is a value: it knows network, parameters, schedule and predictor, and answers (x̂₀, ε̂) for noisy images at a time."""
+"""A denoiser is a value that knows network, weights, schedule and predictor, and answers (x̂₀, ε̂)."""
 
 # %%
 from collections.abc import Mapping
@@ -9,21 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.predictors.common import EpsilonPredictor, check_predictor
+from flaxdiff.predictors.common import DiffusionPredictionTransform, EpsilonPredictor, check_predictor
 from flaxdiff.schedulers.common import NoiseScheduler
 from flaxdiff.utils import check_floats, per_image
-
-# %%
-@runtime_checkable
-class DenoiserLike(Protocol):
-    "Anything that is called like a `Denoiser`: what samplers, likelihood, guidance and editing take."
-    def __call__(self,
-                 x,  # (B, …): noisy images x_t
-                 t,  # scalar or (B,): their time
-                 conditioning=(),  # a dict of arrays by name, or a tuple of them by place, each (B, …)
-                ) -> tuple[jax.Array, jax.Array]:
-        "(x̂₀, ε̂), each of x's shape."
-        ...
 
 # %%
 class Level(flax.struct.PyTreeNode):
@@ -54,12 +42,43 @@ class Identity:
         return hash(tuple(map(id, self.parts)))
 
     def __eq__(self, other):
-        return isinstance(other, Identity) and all(a is b for a, b in zip(self.parts, other.parts, strict=True))
+        if not isinstance(other, Identity) or len(self.parts) != len(other.parts):
+            return False
+        return all(a is b for a, b in zip(self.parts, other.parts))
+
+# %%
+def split_output(
+    F,  # what a network returned
+    x,  # (B, …): what it was given
+):
+    "(F, a second half of its channels or None): a network answers in x's shape, or with twice the channels."
+    if not hasattr(F, "shape"):
+        kind = type(F).__name__
+        raise ValueError(f"model must return one array of the shape of its input, {x.shape}, got {kind}")
+    if F.shape == (*x.shape[:-1], 2 * x.shape[-1]) and F.ndim:
+        return F[..., :x.shape[-1]], F[..., x.shape[-1]:]
+    if F.shape != x.shape:
+        raise ValueError(f"model must return the shape of its input, {x.shape}, got {F.shape}")
+    return F, None
+
+def check_conditioning(
+    conditioning,  # a dict of arrays by name, or a tuple of them by place
+    batch,  # B
+):
+    "A `ValueError` unless it is a dict or a tuple whose arrays have one row for each image."
+    if not isinstance(conditioning, (Mapping, tuple, list)):
+        kind = type(conditioning).__name__
+        raise ValueError(f"conditioning must be a dict of arrays or a tuple of them, got {kind}")
+    named = conditioning.items() if isinstance(conditioning, Mapping) else enumerate(conditioning)
+    for name, rows in named:
+        if np.shape(rows)[:1] != (batch,):
+            raise ValueError(f"conditioning must have one row for each of the {batch} samples, "
+                             f"got shape {np.shape(rows)} for {name!r}")
 
 # %%
 @jax.tree_util.register_pytree_node_class
 class Denoiser:
-    "(x, t, condition) -> (x̂₀, ε̂): a pytree whose leaves are the parameters, so that they are never constants of a program."
+    "(x, t, condition) -> (x̂₀, ε̂): a pytree whose leaves are the parameters, never constants of a program."
     def __init__(self,
                  model,  # anything with .apply(params, x, temb, *tuple) or .apply(params, x, temb, **dict)
                  params,  # the model's parameters
@@ -70,18 +89,22 @@ class Denoiser:
             raise ValueError(f"model must have a method apply(params, x, temb), got {type(model).__name__}")
         if not isinstance(noise_schedule, NoiseScheduler):
             raise ValueError(f"noise_schedule must be a NoiseScheduler, got {noise_schedule!r}")
+        predictor = EpsilonPredictor() if model_output_transform is None else model_output_transform
+        check_predictor(predictor, noise_schedule)
         self.model = model
         self.params = params
         self.noise_schedule = noise_schedule
-        self.model_output_transform = EpsilonPredictor() if model_output_transform is None else model_output_transform
-        check_predictor(self.model_output_transform, noise_schedule)
+        self.model_output_transform: DiffusionPredictionTransform = predictor
 
     def tree_flatten(self):
         "The parameters, and what a program is compiled for."
         return (self.params,), Identity(self.model, self.noise_schedule, self.model_output_transform)
 
     @classmethod
-    def tree_unflatten(cls, identity, children):
+    def tree_unflatten(cls,
+                       identity,  # network, schedule and predictor
+                       children,  # the parameters, alone in a tuple
+                      ):
         "The denoiser of these parts, unchecked: they may be traced."
         denoiser = object.__new__(cls)
         denoiser.model, denoiser.noise_schedule, denoiser.model_output_transform = identity.parts
@@ -107,7 +130,7 @@ class Denoiser:
            level,  # their `Level`, of scalars or (B,)
            conditioning=(),  # a dict, or a tuple
           ):
-        "(x̂₀, ε̂, second half) by one network call; the second half of its channels, None where it has none, is for a learned variance."
+        "(x̂₀, ε̂, second half of the channels or None) by one network call; that half tells a variance."
         temb = jnp.broadcast_to(level.temb, x.shape[:1])
         x_in = (x * per_image(level.input_scale, x)).astype(x.dtype)
         if isinstance(conditioning, Mapping):
@@ -128,35 +151,21 @@ class Denoiser:
         x = check_floats("x", x)
         times = jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32))
         if times.shape not in ((), x.shape[:1]):
-            raise ValueError(f"t must be one time or one for each of the {len(x)} images, got shape {times.shape}")
+            raise ValueError(f"t must be one time, or one for each of {len(x)} images, got {times.shape}")
         check_conditioning(conditioning, len(x))
         return self.at(x, self.level(self.noise_schedule.as_times(times)), conditioning)[:2]
 
 # %%
-def split_output(
-    F,  # what a network returned
-    x,  # (B, …): what it was given
-):
-    "(F, its second half of channels or None): a network answers in the shape of x, or with twice the channels."
-    if not hasattr(F, "shape"):
-        raise ValueError(f"model must return one array of the shape of its input, {x.shape}, got {type(F).__name__}")
-    if F.shape == (*x.shape[:-1], 2 * x.shape[-1]) and F.ndim:
-        return F[..., :x.shape[-1]], F[..., x.shape[-1]:]
-    if F.shape != x.shape:
-        raise ValueError(f"model must return the shape of its input, {x.shape}, got {F.shape}")
-    return F, None
-
-def check_conditioning(
-    conditioning,  # a dict of arrays by name, or a tuple of them by place
-    batch,  # B
-):
-    "A `ValueError` unless it is a dict or a tuple whose arrays have one row for each image."
-    if not isinstance(conditioning, (Mapping, tuple, list)):
-        raise ValueError(f"conditioning must be a dict of arrays or a tuple of them, got {type(conditioning).__name__}")
-    named = conditioning.items() if isinstance(conditioning, Mapping) else enumerate(conditioning)
-    for name, rows in named:
-        if np.shape(rows)[:1] != (batch,):
-            raise ValueError(f"conditioning must have one row for each of the {batch} samples, got shape {np.shape(rows)} for {name!r}")
+@runtime_checkable
+class DenoiserLike(Protocol):
+    "Anything called like a `Denoiser`: what samplers, likelihood, guidance and editing take."
+    def __call__(self,
+                 x,  # (B, …): noisy images x_t
+                 t,  # scalar or (B,): their time
+                 conditioning=(),  # a dict of arrays by name, or a tuple of them by place, each (B, …)
+                ) -> tuple[jax.Array, jax.Array]:
+        "(x̂₀, ε̂), each of x's shape."
+        ...
 
 # %%
 def as_denoiser(
@@ -164,17 +173,20 @@ def as_denoiser(
     params=None,  # the network's parameters
     noise_schedule=None,  # a `NoiseScheduler`; a denoiser that carries one needs none
     model_output_transform=None,  # what the network's output means; `EpsilonPredictor()` by default
-):
-    "(a denoiser that is a pytree, its schedule), from a network and what belongs to it, or from a denoiser alone."
+) -> tuple[Any, NoiseScheduler]:
+    "(a denoiser that is a pytree, its schedule), from a network and what belongs to it, or a denoiser alone."
     if callable(getattr(model, "apply", None)):
-        return Denoiser(model, params, noise_schedule, model_output_transform), noise_schedule
+        denoiser = Denoiser(model, params, noise_schedule, model_output_transform)
+        return denoiser, denoiser.noise_schedule
     if not callable(model):
-        raise ValueError(f"model must have a method apply(params, x, temb), or be a denoiser (x, t, conditioning), got {type(model).__name__}")
+        raise ValueError("model must have a method apply(params, x, temb), or be a denoiser "
+                         f"(x, t, conditioning), got {type(model).__name__}")
     schedule = getattr(model, "noise_schedule", noise_schedule)
     if not isinstance(schedule, NoiseScheduler):
         raise ValueError("noise_schedule must be given: this denoiser carries none of its own")
     if params is not None or model_output_transform is not None:
-        raise ValueError("params and model_output_transform belong to a network, and model is a denoiser, which has its own")
+        raise ValueError("params and model_output_transform belong to a network, and model is a denoiser, "
+                         "which has its own")
     leaves = jax.tree.leaves(model)
     if len(leaves) == 1 and leaves[0] is model:
         model = jax.tree_util.Partial(model)
