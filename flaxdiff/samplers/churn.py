@@ -11,7 +11,10 @@ from flaxdiff.utils import check_real
 
 # %%
 class EDMSampler(HeunSampler):
-    "Heun's method with churn: noise up to (1+γ)σ, then one step down (Karras et al. 2022, algorithm 2). The last jump is not churned."
+    """Heun's method with churn: noise up to (1+γ)σ, then one step down (Karras et al. 2022, algorithm 2).
+
+    The last jump, from the smallest level to σ = 0, is not churned.
+    """
     def __init__(self, *args,
                  S_churn=0.0,  # the sum of all γ, shared by N levels; 0 is Heun's method
                  S_tmin=0.0,  # churn from this σ/α on
@@ -19,22 +22,22 @@ class EDMSampler(HeunSampler):
                  S_noise=1.0,  # standard deviation of the new noise, in units of what the level asks for
                  **kwargs):
         super().__init__(*args, **kwargs)
-        self.S_churn = check_real("S_churn", S_churn, 0)
-        self.S_tmin = check_real("S_tmin", S_tmin, 0)
-        if not S_tmin <= S_tmax:
-            raise ValueError(f"need 0 <= S_tmin <= S_tmax, got S_tmin={S_tmin} and S_tmax={S_tmax}")
-        self.S_tmax = S_tmax
-        self.S_noise = check_real("S_noise", S_noise, 0)
+        self.S_churn = float(check_real("S_churn", S_churn, 0))
+        self.S_tmin = float(check_real("S_tmin", S_tmin, 0))
+        self.S_tmax = S_tmax if S_tmax == math.inf else float(check_real("S_tmax", S_tmax, self.S_tmin))
+        self.S_noise = float(check_real("S_noise", S_noise, 0))
 
-    def highest_ratio(self, dtype):
-        "The largest σ/α that churn may reach: at the last time of the schedule, ∞ where it goes on above T or ends in pure noise."
-        end = self.noise_schedule.last_time
-        if math.isinf(end) or self.starts_pure:
+    def highest_ratio(self,
+                      dtype,  # of the answer
+                     ):
+        "The largest σ/α that churn may reach: that of the schedule's last time, ∞ where there is none."
+        if math.isinf(self.noise_schedule.last_time) or self.starts_pure:
             return math.inf
-        return self.noise_schedule.sigma(jnp.asarray(end, dtype)) / self.noise_schedule.alpha(jnp.asarray(end, dtype))
+        end = jnp.asarray(self.noise_schedule.last_time, dtype)
+        return self.noise_schedule.sigma(end) / self.noise_schedule.alpha(end)
 
     def plan(self, levels, i, last):
-        "Of the level that the network is asked at: (its `Level`, α̂/α, α̂ S_noise √(û² - u²)), exactly (t, 1, 0) where γ = 0."
+        "Heun's, from the raised `Level`; that, α̂/α, and α̂ S_noise √(û² - u²): (t's, 1, 0) where γ = 0."
         if self.S_churn == 0:
             return super().plan(levels, i, last)
         # Raise u = σ/α to û = (1 + γ) u
