@@ -13,10 +13,11 @@ def check_span(
     t_end,  # the last time
     n,  # how many
 ):
-    "`n` as an int; a `ValueError` unless t_end < t_start lie in [0, T] and n is a whole number of at least 1."
+    "`n` as an int; a `ValueError` unless t_end < t_start lie in [0, T] and n is a whole number above 0."
     T = schedule.max_timesteps
     for name, t in (("t_start", t_start), ("t_end", t_end)):
-        check_real(name, t, -1e-5 * T, (1 + 1e-5) * T)
+        if not -1e-5 * T <= float(check_real(name, t)) <= (1 + 1e-5) * T:
+            raise ValueError(f"{name} must lie in [0, {T}], got {t:g}")
     if not t_end < t_start:
         raise ValueError(f"t_end must lie below t_start={t_start:g}, got {t_end:g}")
     return check_positive_int("n", n)
@@ -27,7 +28,7 @@ def uniform_grid(
     t_end,  # the last time, below it
     n,  # how many
 ):
-    "n times equally spaced in t; on the Karras schedules, whose t is the ramp itself, equally spaced in σ^(1/ρ)."
+    "n times equally spaced in t; on the Karras schedules, whose t is the ramp itself, in σ^(1/ρ)."
     return np.linspace(t_start, t_end, check_span(schedule, t_start, t_end, n))
 
 # %%
@@ -45,8 +46,10 @@ def spaced_grid(
         ends = np.array([t_start, t_end], np.float64)
         alpha, sigma = np.asarray(schedule.alpha(ends)), np.asarray(schedule.sigma(ends))
         if np.any(alpha == 0) or np.any(sigma == 0):
-            raise ValueError("this grid needs α > 0 and σ > 0 at both ends; use uniform_grid, or another start_step or end_step")
-        times = np.array(schedule.get_timesteps(inverse(np.linspace(*forward(sigma / alpha), n))))
+            raise ValueError("this grid needs α > 0 and σ > 0 at both ends; "
+                             "use uniform_grid, or another start_step or end_step")
+        first, last = forward(sigma / alpha)
+        times = np.array(schedule.get_timesteps(inverse(np.linspace(first, last, n))))
     times[-1] = t_end
     times[0] = t_start  # the last word where n is 1
     return times
@@ -70,7 +73,7 @@ def lambda_grid(
     t_end,  # the last time, below it
     n,  # how many
 ):
-    "n times equally spaced in λ = log(α/σ) (Lu et al. 2022, section 3.3), on any schedule; k-diffusion says exponential."
+    "n times equally spaced in λ = log(α/σ) (Lu et al. 2022, section 3.3); k-diffusion says exponential."
     return spaced_grid(schedule, t_start, t_end, n, np.log, np.exp)
 
 exponential_grid = lambda_grid  # equal steps of λ are equal ratios of σ/α
@@ -82,7 +85,7 @@ def trailing_grid(
     t_end,  # the last is not below it
     n,  # how many
 ):
-    "n times down from t_start, t_start/n apart, so that the jump to t = 0 is one step more; the last is max(t_start/n, t_end)."
+    "n times down from t_start, t_start/n apart, to max(t_start/n, t_end); the jump to 0 is one step more."
     n = check_span(schedule, t_start, t_end, n)
     return np.linspace(t_start, max(t_start / n, t_end), n)
 
@@ -112,18 +115,20 @@ def check_steps(
         raise ValueError("steps must be finite and strictly decreasing times, without repeats")
     if steps[0] > T * (1 + 1e-5) or steps[-1] < low - 1e-5 * T:
         raise ValueError(f"steps must lie in [{low}, {T}], from the last level a network is called at to T, "
-                         f"got {steps[0]:.6g} to {steps[-1]:.6g}; the jump to no noise is made by denoise_final=True")
+                         f"got {steps[0]:.6g} to {steps[-1]:.6g}; "
+                         "the jump to no noise is made by denoise_final=True")
     return steps
 
 def check_resolution(
     steps,  # (N,): rising or falling times
     dtype,  # of the computation
 ):
-    "A `ValueError` where two neighbours are one number in `dtype`: the weights of a step of length 0 mean nothing."
+    "A `ValueError` where two neighbours are one number in `dtype`: a step of length 0 has no weights."
     if np.all(np.diff(steps.astype(dtype)) != 0):
         return
-    raise ValueError(f"steps must be further apart than {np.dtype(dtype).name} can resolve, got neighbours {np.abs(np.diff(steps)).min():.3g} apart; "
-                     "use fewer steps, or float64")
+    closest = np.abs(np.diff(steps)).min()
+    raise ValueError(f"steps must be further apart than {np.dtype(dtype).name} can resolve, "
+                     f"got neighbours {closest:.3g} apart; use fewer steps, or float64")
 
 # %%
 def make_steps(
@@ -138,14 +143,17 @@ def make_steps(
     check_real("start_step", start_step, 0, 1000, "(]")
     check_real("end_step", end_step, 0, 1000, "[)")
     if not end_step < start_step:
-        raise ValueError(f"need 0 <= end_step < start_step <= 1000, got start_step={start_step} and end_step={end_step}")
+        raise ValueError("need 0 <= end_step < start_step <= 1000, "
+                         f"got start_step={start_step} and end_step={end_step}")
     T = schedule.max_timesteps
     start, end = start_step * T / 1000, max(end_step * T / 1000, schedule.min_time)
     if not end < start:
-        raise ValueError(f"start_step={start_step} is time {start:g}, below the smallest level {end:g}; use a larger start_step")
+        raise ValueError(f"start_step={start_step} is time {start:g}, below the smallest level {end:g}; "
+                         "use a larger start_step")
     if grid is not None and not callable(grid):
         raise ValueError(f"grid must be a function (schedule, t_start, t_end, N) -> N times, got {grid!r}")
     steps = check_steps(schedule, (grid or uniform_grid)(schedule, start, end, n))
     if len(steps) != n or abs(steps[0] - start) > 1e-5 * T or steps[-1] < end - 1e-5 * T:
-        raise ValueError(f"grid must give {n} times from {start:g} to {end:g} or above, got {len(steps)} from {steps[0]:g} to {steps[-1]:g}")
+        raise ValueError(f"grid must give {n} times from {start:g} to {end:g} or above, "
+                         f"got {len(steps)} from {steps[0]:g} to {steps[-1]:g}")
     return steps
