@@ -1,4 +1,4 @@
-"""Put a little noise back before each step of an ODE solver, and the sample forgets the errors it has made."""
+"""Put a little noise back before each step of an ODE solver, and the sample forgets its old errors."""
 
 # %%
 import math

@@ -1,4 +1,4 @@
-"""Bayes' rule says where a noisy sample came from; DDPM draws from the answer, and the only open question is how widely."""
+"""Bayes' rule says where a noisy sample came from; DDPM draws from the answer, and must choose how widely."""
 
 # %%
 import jax
