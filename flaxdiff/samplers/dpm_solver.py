@@ -1,23 +1,26 @@
 """In λ = log(α/σ) half of the ODE is solved exactly; what is left is one integral, and DPM-Solver, DPM-Solver++, DEIS and UniPC are four ways to take it."""
 
 # %%
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff.samplers.common import DiffusionSampler
-from flaxdiff.samplers.frames import DataFrame, NoiseFrame, SigmaFrame
+from flaxdiff.samplers.frames import DataFrame, Frame, NoiseFrame, SigmaFrame
 from flaxdiff.samplers.multistep import MultistepSampler, integrate
 from flaxdiff.utils import check_choice, check_flag, check_real
 
 # %%
 class DEISSampler(MultistepSampler):
-    "ε̂ as a polynomial through `order` (1 to 4) past levels, integrated exactly (Zhang & Chen 2023, ρAB and its form in log ρ)."
+    "ε̂ as a polynomial through `order` (1 to 4) past levels, integrated exactly (Zhang & Chen 2023)."
     def __init__(self, *args,
-                 order=3,  # how many levels
-                 variable="log_rho",  # of the polynomial: "log_rho" is λ (diffusers' choice), "rho" is σ/α (ρAB-DEIS, the same as LMS)
+                 order: int = 3,  # how many levels
+                 variable="log_rho",  # of the polynomial: "log_rho" is -λ, "rho" is σ/α (ρAB-DEIS, or LMS)
                  **kwargs):
-        frame = {"log_rho": NoiseFrame(), "rho": SigmaFrame()}[check_choice("variable", variable, ("log_rho", "rho"))]
+        frames: dict[str, Frame] = {"log_rho": NoiseFrame(), "rho": SigmaFrame()}
+        frame = frames[check_choice("variable", variable, tuple(frames))]
         super().__init__(*args, order=order, frame=frame, **kwargs)
 
 # %%
@@ -38,19 +41,20 @@ class SingleStepSampler(DiffusionSampler):
     looks = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}  # where, as shares of the step in λ
 
     def __init__(self, *args,
-                 order=2,  # 1, 2 or 3
-                 frame=NoiseFrame(),  # a `Frame` against λ whose slope is ε̂ or x̂₀
-                 eta=0.0,  # η: 0 is the ODE, 1 the SDE
-                 s_noise=1.0,  # standard deviation of the SDE's noise, in units of what η asks for
+                 order: int = 2,  # 1, 2 or 3
+                 frame: Frame = NoiseFrame(),  # a `Frame` against λ whose slope is ε̂ or x̂₀
+                 eta: float = 0.0,  # η: 0 is the ODE, 1 the SDE
+                 s_noise: float = 1.0,  # standard deviation of the SDE's noise, in units of what η asks for
                  **kwargs):
         super().__init__(*args, **kwargs)
-        self.order = check_choice("order", int(order) if isinstance(order, np.integer) else order, tuple(self.looks))
+        order = int(order) if isinstance(order, np.integer) else order
+        self.order = check_choice("order", order, tuple(self.looks))
         self.frame = frame
-        self.eta = check_real("eta", eta, 0, 1)
-        self.s_noise = check_real("s_noise", s_noise, 0)
+        self.eta = float(check_real("eta", eta, 0, 1))
+        self.s_noise = float(check_real("s_noise", s_noise, 0))
 
-    def plan(self, levels, i, last):
-        "For each look and the end of the step: its `Level`, the weight of the look before, and the share of ε̂ that an SDE keeps."
+    def plan(self, levels, i, last) -> Any:
+        "For each look and the end: its `Level`, the weight of the look before, the share κ of ε̂ kept."
         lam = self.frame.position(levels.alpha, levels.sigma)
         start, h = lam[i], lam[i + 1] - lam[i]
         ends = [start + share * h for share in (*self.looks[self.order], 1)]
@@ -80,26 +84,27 @@ class SingleStepSampler(DiffusionSampler):
             before = goal
         return y, state
 
+# %%
 class DPMSolverSampler(SingleStepSampler):
     "DPM-Solver-1, -2, -3: single-step, on ε̂ (Lu et al. 2022a, algorithms 1 and 2); N, 2N - 1, 3N - 2 calls."
     def __init__(self, *args,
-                 order=2,  # 1, 2 or 3
+                 order: int = 2,  # 1, 2 or 3
                  **kwargs):
         super().__init__(*args, order=order, frame=NoiseFrame(), **kwargs)
 
 # %%
 class DPMSolverPlusPlusSampler(MultistepSampler):
-    "DPM-Solver++, on x̂₀: multistep (1, 2M, 3M) or single-step (2S, 3S), as an ODE or an SDE (Lu et al. 2022b)."
+    "DPM-Solver++, on x̂₀: multistep (1, 2M, 3M) or single-step (2S, 3S), ODE or SDE (Lu et al. 2022b)."
     orders = (1, 2, 3)
     midpoint = True
 
     def __init__(self, *args,
-                 order=2,  # 1, 2 or 3
+                 order: int = 2,  # 1, 2 or 3
                  multistep=True,  # look back, N calls; False: look inside the step, `order` calls a step
                  stochastic=False,  # the SDE: renew part of the noise at every step
-                 eta=None,  # η of the SDE: 1, the reverse SDE, by default; towards 0 the ODE
-                 s_noise=None,  # standard deviation of the SDE's noise, in units of what η asks for; 1 by default
-                 lower_order_final=False,  # come down to order 2 and 1 at the last two steps of a multistep method
+                 eta: float | None = None,  # η of the SDE: 1, the reverse SDE, by default; towards 0 the ODE
+                 s_noise: float | None = None,  # std of its noise in units of what η asks for; 1 by default
+                 lower_order_final=False,  # two slopes, then one, in the last two steps of a multistep method
                  **kwargs):
         self.multistep = check_flag("multistep", multistep)
         self.stochastic = check_flag("stochastic", stochastic)
@@ -109,19 +114,21 @@ class DPMSolverPlusPlusSampler(MultistepSampler):
         if lower_order_final and not multistep:
             raise ValueError("lower_order_final belongs to multistep methods, got True with multistep=False")
         if stochastic and not multistep and order == 3:
-            raise ValueError("order must be 1 or 2 where multistep=False and stochastic=True, got 3; multistep=True has an SDE of order 3")
-        self.eta = check_real("eta", float(stochastic) if eta is None else eta, 0, 1)
-        self.s_noise = check_real("s_noise", 1.0 if s_noise is None else s_noise, 0)
+            raise ValueError("order must be 1 or 2 where multistep=False and stochastic=True, got 3; "
+                             "multistep=True has an SDE of order 3")
+        self.eta = float(check_real("eta", float(stochastic) if eta is None else eta, 0, 1))
+        self.s_noise = float(check_real("s_noise", 1.0 if s_noise is None else s_noise, 0))
         frame = DataFrame(1 + self.eta)
         super().__init__(*args, order=order, frame=frame, lower_order_final=lower_order_final, **kwargs)
-        self.single = SingleStepSampler(*args, order=order, frame=frame, eta=self.eta, s_noise=self.s_noise, **kwargs)
+        sde = {"eta": self.eta, "s_noise": self.s_noise}
+        self.single = SingleStepSampler(*args, order=order, frame=frame, **sde, **kwargs)
 
     def init_memory(self, x):
         "The past x̂₀, where it looks back."
         return super().init_memory(x) if self.multistep else ()
 
     def plan(self, levels, i, last):
-        "The weights of the past x̂₀ and the share of ε̂ that is kept, κ = e^-η(λ_s - λ_t); or the single step's plan."
+        "The weights of the past x̂₀ and κ = e^-η(λ_s - λ_t), the share of ε̂ kept; or a single step's plan."
         if not self.multistep:
             return self.single.plan(levels, i, last)
         lam = self.frame.position(levels.alpha, levels.sigma)
@@ -137,12 +144,12 @@ class DPMSolverPlusPlusSampler(MultistepSampler):
 
 # %%
 class UniPCSampler(MultistepSampler):
-    "Predict by p past x̂₀; when the next one is known correct by it, and go on from there (order p + 1, N calls; Zhao et al. 2023, B₂)."
+    "Predict by p past x̂₀, correct by the next one (order p + 1, N calls; Zhao et al. 2023, B₂)."
     orders = (1, 2, 3)
     midpoint = True
 
     def __init__(self, *args,
-                 order=2,  # p: 1, 2 or 3
+                 order: int = 2,  # p: 1, 2 or 3
                  corrector=True,  # False: the predictor alone, order p
                  **kwargs):
         super().__init__(*args, order=order, frame=DataFrame(), **kwargs)
@@ -159,10 +166,9 @@ class UniPCSampler(MultistepSampler):
         plan = super().plan(levels, i, last)
         if not self.corrector:
             return plan
-        before = jnp.maximum(i - 1, 0)
-        w = self.weights(levels, before, last, range(-1, self.order))
-        w = jnp.delete(w, 1)  # of x̂₀ at the step's end, and of the past; the newest past one is what the rest is measured from
-        return plan | {"correct": w, "starts": i <= self.first_level(levels)[0]}
+        # Of x̂₀ at the end of that step, and of the past but for the newest, from which the rest is measured
+        w = self.weights(levels, jnp.maximum(i - 1, 0), last, range(-1, self.order))
+        return plan | {"correct": jnp.delete(w, 1), "starts": i <= self.first_level(levels)[0]}
 
     def step(self, x, x0, eps, t, s, state):
         "Correct x_t by x̂₀ (not at the first step), then predict x_s."

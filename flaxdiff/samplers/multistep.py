@@ -1,12 +1,15 @@
 """A solver that remembers the slopes it has already paid for reaches order 3 or 4 at Euler's price: one network call a step."""
 
 # %%
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff.samplers.common import DiffusionSampler
-from flaxdiff.samplers.frames import make_frame
+from flaxdiff.samplers.frames import Frame, make_frame
 from flaxdiff.samplers.ode import HeunSampler, RK4Sampler
 from flaxdiff.utils import check_choice, check_flag
 
@@ -16,7 +19,7 @@ def lagrange(
     known,  # (p,): which of them count
     z,  # (Q,): where to look
 ):
-    "The Lagrange polynomials ℓ_j(z), (p, Q): 1 at node j, 0 at the other known ones; 0 everywhere if j is unknown."
+    "The Lagrange polynomials ℓ_j(z), (p, Q): 1 at node j, 0 at other known ones; all 0 if j is unknown."
     others = known[:, None] & known & ~np.eye(len(nodes), dtype=bool)  # (j, k)
     gap = jnp.where(others, nodes[:, None] - nodes, 1)
     ratio = (z - nodes[:, None]) / gap[..., None]  # (j, k, Q)
@@ -26,7 +29,7 @@ def lagrange(
 GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 def integrate(
-    f,  # function of z, (24,) -> (…, 24)
+    f: Callable[..., Any],  # function of z, (24,) -> (…, 24)
     a,  # scalar: the lower end
     b,  # scalar: the upper end
 ):
@@ -40,7 +43,7 @@ def step_weights(
     z,  # (N,): the positions of all levels
     i,  # the step from z[i] to z[i + 1]
     ages,  # whole numbers: use the levels 0, 1, 2, … steps back; -1 is the one ahead
-    kernel=jnp.ones_like,  # function K of z_s - z, how far ahead the end of the step lies
+    kernel: Callable[..., Any] = jnp.ones_like,  # K(z_s - z), of how far ahead the end of the step lies
     first=0,  # levels before this one do not count
     order=None,  # use at most so many levels, the newest; all `ages` by default
     midpoint=False,  # where just two levels are known, take ℓ in the middle of the step out of the integral
@@ -59,38 +62,42 @@ def step_weights(
 
 # %%
 class MultistepSampler(DiffusionSampler):
-    "x_s = DDIM's step + Σ W_j (f_j - f), f_j the slopes of past steps, in a `Frame` whose slope is ε̂ or x̂₀."
+    "x_s = DDIM's step + Σ W_j (f_j - f), f_j past slopes, in a `Frame` whose slope is ε̂ or x̂₀."
     orders = (1, 2, 3, 4)  # what `order` may be
     midpoint = False  # see `step_weights`
 
     def __init__(self, *args,
-                 order=4,  # how many slopes to use, the newest among them
-                 frame="sigma",  # a `Frame` whose slope is ε̂ or x̂₀
-                 lower_order_final=False,  # come down to order 2 and 1 at the last two steps, for grids whose last step leaps
+                 order: int = 4,  # how many slopes to use, the newest among them
+                 frame: Frame | str | None = "sigma",  # a `Frame` whose slope is ε̂ or x̂₀
+                 lower_order_final=False,  # use two slopes, then one, in the last two steps
                  **kwargs):
         super().__init__(*args, **kwargs)
-        self.order = check_choice("order", int(order) if isinstance(order, np.integer) else order, self.orders)
+        order = int(order) if isinstance(order, np.integer) else order
+        self.order = check_choice("order", order, self.orders)
         self.frame = make_frame(frame, self.noise_schedule)
         self.lower_order_final = check_flag("lower_order_final", lower_order_final)
 
     def first_level(self, levels):
-        "The number of the first level with a signal, and a finite position of each; where α = 0 it is not to be used."
+        "(The number of the first level with α > 0, all positions: finite where α = 0, and not to be used.)"
         pure = levels.alpha == 0
         z = self.frame.position(jnp.where(pure, 1, levels.alpha), levels.sigma)
         return pure[0].astype(jnp.int32), z
 
+    def allowed_order(self, i, last):
+        "How many slopes step i may use at most; None where nothing limits it."
+        return jnp.maximum(last - i + 1, 1) if self.lower_order_final else None
+
     def weights(self, levels, i, last, ages):
         "W_j = scale(s) ∫ K(z_s - z) ℓ_j(z) dz of one step, (len(ages),)."
         first, z = self.first_level(levels)
-        order = jnp.maximum(last - i + 1, 1) if self.lower_order_final else None
-        w = step_weights(z, i, ages, self.frame.kernel, first, order, self.midpoint)
+        w = step_weights(z, i, ages, self.frame.kernel, first, self.allowed_order(i, last), self.midpoint)
         return self.frame.scale(levels.alpha[i + 1], levels.sigma[i + 1]) * w
 
-    def plan(self, levels, i, last):
+    def plan(self, levels, i, last) -> Any:
         "The weights of the past slopes, (order - 1,)."
         return {"weights": self.weights(levels, i, last, range(self.order))[1:]}
 
-    def init_memory(self, x):
+    def init_memory(self, x) -> Any:
         "The slopes of the last order - 1 steps, the newest first; none yet."
         return jnp.zeros((self.order - 1, *x.shape), x.dtype)
 
@@ -102,26 +109,28 @@ class MultistepSampler(DiffusionSampler):
         "x_s = α_s x̂₀ + σ_s ε̂ + Σ W_j (f_j - f)."
         past = state.memory
         f = self.slope(x0, eps, state).astype(past.dtype)
-        x_s = state.ddim_step(x0, eps) + sum(w * (f_j - f) for w, f_j in zip(state.plan["weights"], past))
-        return x_s, state.replace(memory=jnp.concatenate([f[None], past])[:len(past)])
+        correction = sum(w * (f_j - f) for w, f_j in zip(state.plan["weights"], past))
+        newest = jnp.concatenate([f[None], past])[:len(past)]
+        return state.ddim_step(x0, eps) + correction, state.replace(memory=newest)
 
+# %%
 class LMSSampler(MultistepSampler):
     "Adams–Bashforth on ε̂ in σ/α, on any grid: `order` (1 to 4) slopes, one call a step."
     def __init__(self, *args,
-                 order=4,  # how many slopes
+                 order: int = 4,  # how many slopes
                  **kwargs):
         super().__init__(*args, order=order, **kwargs)
 
 # %%
 class StartedSampler(MultistepSampler):
     "A multistep method whose first steps are a Runge–Kutta method's, which needs no past."
-    Starter = HeunSampler  # that method
+    Starter: type = HeunSampler  # that method
     start_steps = 1  # how many steps are its
 
     def __init__(self, *args,
-                 order,  # of the multistep method
-                 frame="sigma",  # the starter's frame
-                 lower_order_final=False,  # come down to order 2 and 1 at the last two steps
+                 order: int,  # of the multistep method
+                 frame: Frame | str | None = "sigma",  # the starter's frame
+                 lower_order_final=False,  # use two slopes, then one, in the last two steps
                  **kwargs):
         super().__init__(*args, order=order, lower_order_final=lower_order_final, **kwargs)
         self.starter = self.Starter(*args, frame=frame, **kwargs)
@@ -130,39 +139,41 @@ class StartedSampler(MultistepSampler):
         "The weights, whether the step is the starter's, and what that needs."
         since_first = i - self.first_level(levels)[0]
         starts = (0 <= since_first) & (since_first < self.start_steps)
-        return super().plan(levels, i, last) | {"starts": starts, "starter": self.starter.plan(levels, i, last)}
+        starter = self.starter.plan(levels, i, last)
+        return super().plan(levels, i, last) | {"starts": starts, "starter": starter}
 
     def step(self, x, x0, eps, t, s, state):
         "The starter's step while there is too little to remember, the multistep one from then on."
         x_s, remembering = super().step(x, x0, eps, t, s, state)
 
         def start():
-            return self.starter.step(x, x0, eps, t, s, state.replace(plan=state.plan["starter"]))[0].astype(x_s.dtype)
+            own = state.replace(plan=state.plan["starter"])
+            return self.starter.step(x, x0, eps, t, s, own)[0].astype(x_s.dtype)
 
         return jax.lax.cond(state.plan["starts"], start, lambda: x_s), remembering
 
 # %%
 class MultiStepDPM(StartedSampler):
-    "Adams–Bashforth 3 in σ/α on any grid; the first step is Heun's, the second Adams–Bashforth 2 (order 3, N + 1 calls)."
+    "Adams–Bashforth 3 in σ/α on any grid, begun by Heun's step (order 3, N + 1 calls)."
     def __init__(self, *args,
-                 frame=None,  # of Heun's step: "sigma", "angle"; by default σ/α where α ≡ 1, the angle elsewhere
+                 frame: Frame | str | None = None,  # of Heun's step; default: σ/α where α ≡ 1, else the angle
                  **kwargs):
         super().__init__(*args, order=3, frame=frame, **kwargs)
 
 class PLMSSampler(StartedSampler):
-    "Adams–Bashforth 4 with the weights of equal steps in σ/α, (55, -59, 37, -9)/24 (Liu et al. 2022, eq. 9), begun by Heun's step as latent diffusion's code does: order 3, N + 1 calls."
+    "Adams–Bashforth 4 for equal steps (Liu et al. 2022, eq. 9), begun by Heun's (order 3, N + 1 calls)."
     def __init__(self, *args,
                  **kwargs):
         super().__init__(*args, order=4, **kwargs)
 
     def weights(self, levels, i, last, ages):
-        "α_s h times the classical weights, as if all steps were equal."
+        "α_s h times the classical weights, (55, -59, 37, -9)/24, as if all steps in σ/α were equal."
         first, u = self.first_level(levels)
-        order = jnp.maximum(last - i + 1, 1) if self.lower_order_final else None
-        equal = step_weights(jnp.arange(len(u), dtype=u.dtype), i, ages, first=first, order=order)
-        return levels.alpha[i + 1] * (u[i + 1] - u[i]) * equal
+        numbers = jnp.arange(len(u), dtype=u.dtype)
+        w = step_weights(numbers, i, ages, first=first, order=self.allowed_order(i, last))
+        return levels.alpha[i + 1] * (u[i + 1] - u[i]) * w
 
 class PNDMSampler(PLMSSampler):
-    "PLMS after three Runge–Kutta steps of four calls in σ/α, its published start (order 4, N + 9 calls for N > 3; Liu et al. 2022, F-PNDM)."
+    "The same after three Runge–Kutta steps in σ/α, as published (order 4, N + 9 calls for N > 3; F-PNDM)."
     Starter = RK4Sampler
     start_steps = 3
