@@ -1,4 +1,4 @@
-"""One trained network serves a whole family of samplers: the same marginals with any amount of fresh noise, from none to all."""
+"""One network serves a whole family of samplers: the same marginals with any amount of fresh noise."""
 
 # %%
 import jax
