@@ -104,7 +104,7 @@ class DPMSolverPlusPlusSampler(MultistepSampler):
                  stochastic=False,  # the SDE: renew part of the noise at every step
                  eta: float | None = None,  # η of the SDE: 1, the reverse SDE, by default; towards 0 the ODE
                  s_noise: float | None = None,  # std of its noise in units of what η asks for; 1 by default
-                 lower_order_final=False,  # two slopes, then one, in the last two steps of a multistep method
+                 lower_order_final=False,  # the last step uses one slope, the one before two, and so on
                  **kwargs):
         self.multistep = check_flag("multistep", multistep)
         self.stochastic = check_flag("stochastic", stochastic)

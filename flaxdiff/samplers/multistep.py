@@ -69,7 +69,7 @@ class MultistepSampler(DiffusionSampler):
     def __init__(self, *args,
                  order: int = 4,  # how many slopes to use, the newest among them
                  frame: Frame | str | None = "sigma",  # a `Frame` whose slope is ε̂ or x̂₀
-                 lower_order_final=False,  # use two slopes, then one, in the last two steps
+                 lower_order_final=False,  # the last step uses one slope, the one before two, and so on
                  **kwargs):
         super().__init__(*args, **kwargs)
         order = int(order) if isinstance(order, np.integer) else order
@@ -130,7 +130,7 @@ class StartedSampler(MultistepSampler):
     def __init__(self, *args,
                  order: int,  # of the multistep method
                  frame: Frame | str | None = "sigma",  # the starter's frame
-                 lower_order_final=False,  # use two slopes, then one, in the last two steps
+                 lower_order_final=False,  # the last step uses one slope, the one before two, and so on
                  **kwargs):
         super().__init__(*args, order=order, lower_order_final=lower_order_final, **kwargs)
         self.starter = self.Starter(*args, frame=frame, **kwargs)
