@@ -1,4 +1,4 @@
-"""The coordinates a solver walks in: where a step begins and ends, what is a slope there, and what an exact solution would keep."""
+"""Where a solver walks matters as much as how: the same steps are useless in one pair of coordinates and good to three digits in another."""
 
 # %%
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 class Frame:
     """y = x/scale against z = position: dy/dz = f, or dy/dz = k (f - y) where `rate` k is not 0.
 
-    Where f is ε̂ or x̂₀: x_s = DDIM's step + scale ∫ K(z_s - z) (f(z) - f(z_t)) dz, with the kernel K = 1, or k exp(-k (z_s - z)).
+    Where f is ε̂ or x̂₀: x_s = DDIM's step + scale ∫ K(z_s - z) (f(z) - f(z_t)) dz,
+    with the kernel K = 1, or k exp(-k (z_s - z)).
     """
     rate = 0.0  # k
 
@@ -67,7 +68,7 @@ class SigmaFrame(Frame):
 
 # %%
 class AngleFrame(Frame):
-    "y = x/√(α²+σ²) against θ = atan2(σ, α): dy/dθ = v̂, bounded at both ends (Salimans & Ho 2022, appendix D)."
+    "y = x/√(α²+σ²) against θ = atan2(σ, α): dy/dθ = v̂, bounded at both ends (Salimans & Ho 2022, app. D)."
     def position(self, alpha, sigma):
         "θ = atan2(σ, α), radians."
         return jnp.arctan2(sigma, alpha)
@@ -102,7 +103,7 @@ class LambdaFrame(AngleFrame):
 
 # %%
 class DataFrame(LambdaFrame):
-    "y = x/α against λ, and dy/dλ = k (x̂₀ - y): k = 1 is the ODE, k = 1 + η an SDE's mean, 2 the reverse SDE's (Lu et al. 2022b)."
+    "y = x/α against λ, and dy/dλ = k (x̂₀ - y): k = 1 is the ODE, k = 1 + η an SDE's mean (Lu et al. 2022b)."
     def __init__(self,
                  rate=1.0,  # k
                 ):

@@ -1,4 +1,4 @@
-"""Noise can be taken away without a single random number, and how well a solver does it depends on the coordinates it walks in."""
+"""Noise can be taken away without a single random number: what the network answers is a velocity, and solvers of every order can follow it."""
 
 # %%
 import jax
@@ -27,7 +27,9 @@ class RungeKuttaSampler(DiffusionSampler):
         super().__init__(*args, **kwargs)
         self.frame = make_frame(frame, self.noise_schedule)
         if self.frame.rate:
-            raise ValueError(f"frame must be one in which dy/dz is the slope itself, got {type(self.frame).__name__}; use DPMSolverSampler")
+            raise ValueError("frame must be one in which dy/dz is the slope itself, "
+                             f"got {type(self.frame).__name__}; use DPMSolverSampler")
+        self.y_is_x = self.noise_schedule.variance_exploding and isinstance(self.frame, SigmaFrame)  # a scale of 1
 
     def plan(self, levels, i, last):
         "The length of the step, and the levels inside it."
@@ -45,11 +47,11 @@ class RungeKuttaSampler(DiffusionSampler):
 
     def to_frame(self, x, level):
         "y."
-        return x / per_image(self.frame.scale(level.alpha, level.sigma), x)
+        return x if self.y_is_x else x / per_image(self.frame.scale(level.alpha, level.sigma), x)
 
     def from_frame(self, y, level):
         "x."
-        return per_image(self.frame.scale(level.alpha, level.sigma), y) * y
+        return y if self.y_is_x else per_image(self.frame.scale(level.alpha, level.sigma), y) * y
 
     def slope(self, x0, eps, level):
         "dy/dz of an answer."
@@ -57,11 +59,12 @@ class RungeKuttaSampler(DiffusionSampler):
 
     def ask_slope(self, state, y, level):
         "dy/dz at y: one network call."
-        return self.slope(*state.denoise(self.from_frame(y, level), level), level)
+        x0, eps = state.denoise(self.from_frame(y, level), level)
+        return self.slope(x0, eps, level)
 
 # %%
 class HeunSampler(RungeKuttaSampler):
-    "Euler there, then the mean of the slopes at both ends (order 2; on a Karras grid, Karras et al. 2022, algorithm 1)."
+    "Euler there, then the mean of both ends' slopes (order 2; on a Karras grid, Karras et al. 2022, alg. 1)."
     def step(self, x, x0, eps, t, s, state):
         "k₁ at t, k₂ at s; y_s = y_t + h (k₁ + k₂)/2."
         y, h = self.to_frame(x, state.level), state.plan["h"]
@@ -98,21 +101,21 @@ class RK4Sampler(RungeKuttaSampler):
 
 # %%
 class AdaptiveSampler(RungeKuttaSampler):
-    "Bogacki & Shampine's pair 3(2): between two levels each image takes its own steps, as short as its tolerance asks."
+    "Bogacki & Shampine's pair 3(2): each image takes its own steps between two levels, as tolerances ask."
     def __init__(self, *args,
                  rtol=1e-3,  # error allowed to a step, relative to |y|
                  atol=1e-4,  # and absolute: both count, root mean square over the image
                  max_substeps=1000,  # tries between two levels; an image that needs more becomes NaN
                  **kwargs):
         super().__init__(*args, **kwargs)
-        self.rtol = check_real("rtol", rtol, 0)
-        self.atol = check_real("atol", atol, 0)
+        self.rtol = float(check_real("rtol", rtol, 0))
+        self.atol = float(check_real("atol", atol, 0))
         if rtol == atol == 0:
             raise ValueError("rtol and atol must not both be 0")
         self.max_substeps = check_positive_int("max_substeps", max_substeps)
 
     def try_step(self, state, y, k1, z, h, end):
-        "From z to z + h, at the level `end`: (y there, slope there, error in units of the tolerance); three network calls."
+        "From z to z + h, at `end`: (y, slope, error in units of the tolerance); three network calls."
         by = per_image(h, y)
         k2 = self.ask_slope(state, y + by / 2 * k1, self.level_at(z + h / 2))
         k3 = self.ask_slope(state, y + by * 3 / 4 * k2, self.level_at(z + h * 3 / 4))
