@@ -2,6 +2,8 @@
 
 # %%
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +18,53 @@ from flaxdiff.samplers.multistep import MultistepSampler
 from flaxdiff.utils import check_floats, check_positive_int, check_shape
 
 # %%
+def first_guess(
+    schedule,  # a `NoiseScheduler`
+    grid: Callable[..., Any],  # a known one
+    n,  # how many levels
+    knots,  # places, at most
+):
+    "θ of a known grid: log(step in λ) and two corrections of 0 at each of `knots` places; 0.1 for the end."
+    k = min(knots, n - 1)
+    with jax.enable_x64(True):
+        lam = np.asarray(schedule.log_snr(grid(schedule, schedule.max_timesteps, schedule.min_time, n))) / 2
+    levels = np.interp(np.linspace(0, 1, k), np.linspace(0, 1, n - 1), np.log(np.diff(lam)))
+    return np.concatenate([levels, np.zeros(2 * k), [0.1]])
+
+def unfold(
+    schedule,  # a `NoiseScheduler`
+    theta,  # (3 knots + 1,): θ
+    n,  # how many levels
+):
+    "(times (n,), corrections (n-1, 2)) of θ, straight lines between knots; λ ends θ²₋₁ before its largest."
+    knots = jnp.reshape(theta[:-1], (3, -1))
+    places = jnp.linspace(0, 1, n - 1)
+    steps, *corrections = (jnp.interp(places, jnp.linspace(0, 1, len(k)), k) for k in knots)
+    ends = jnp.array([schedule.max_timesteps, schedule.min_time], theta.dtype)
+    first, last = schedule.log_snr(ends) / 2 - jnp.stack([0 * theta[-1], theta[-1] ** 2])
+    lam = first + (last - first) * jnp.cumsum(jax.nn.softmax(steps))
+    times = jnp.maximum(schedule.get_timesteps(jnp.exp(-lam)), ends[1])
+    return jnp.concatenate([ends[:1], times]), jnp.stack(corrections, 1)
+
+# %%
 def bounded(
     residual,  # (B, …)
     limit,  # c²: what an image can cost at most
 ):
-    "(The mean of e²/(1 + e²/c²), e² the mean square of an image; the residuals times 1/(1 + e²/c²), whose squares fall alike) (Geman & McClure 1985)."
+    "(Mean of e²/(1 + e²/c²), e² an image's mean square; 1/(1 + e²/c²), by which to multiply the residuals)."
     square = jnp.mean(residual ** 2, range(1, residual.ndim), keepdims=True)
     share = 1 / (1 + square / limit)
     return jnp.mean(square * share), share
 
 # %%
 def least_squares(
-    linearize,  # θ (P,) -> (r (M,), its derivative J (P, M))
-    cost,  # θ -> the number that should fall
+    linearize: Callable[..., Any],  # θ (P,) -> (r (M,), its derivative J (P, M))
+    cost: Callable[..., float],  # θ -> the number that should fall
     theta,  # (P,): where to begin
     iterations=40,  # at most
     progress=True,  # show a bar
 ):
-    "Levenberg's and Marquardt's: Gauss and Newton's step, damped until the cost falls; ends when a step gains less than a thousandth."
+    "θ by Levenberg's and Marquardt's damped Gauss–Newton steps; ends when one gains less than a thousandth."
     best, damping = cost(theta), 1e-3
     bar = tqdm(range(iterations), desc="fit", disable=not progress)
     for _ in bar:
@@ -59,41 +90,13 @@ def least_squares(
     return theta
 
 # %%
-def first_guess(
-    schedule,  # a `NoiseScheduler`
-    grid,  # a known one
-    n,  # how many levels
-    knots,  # places, at most
-):
-    "θ of a known grid, with no corrections: at each of `knots` places the logarithm of the step in λ, then two corrections; and 0.1 for the end."
-    k = min(knots, n - 1)
-    with jax.enable_x64(True):
-        lam = np.asarray(schedule.log_snr(grid(schedule, schedule.max_timesteps, schedule.min_time, n))) / 2
-    levels = np.interp(np.linspace(0, 1, k), np.linspace(0, 1, n - 1), np.log(np.diff(lam)))
-    return np.concatenate([levels, np.zeros(2 * k), [0.1]])
-
-def unfold(
-    schedule,  # a `NoiseScheduler`
-    theta,  # (3 knots + 1,): θ
-    n,  # how many levels
-):
-    "(times (n,), corrections (n-1, 2)) of θ, with straight lines between the knots; λ ends θ²₋₁ before the schedule's largest."
-    knots = jnp.reshape(theta[:-1], (3, -1))
-    steps, *corrections = (jnp.interp(jnp.linspace(0, 1, n - 1), jnp.linspace(0, 1, len(k)), k) for k in knots)
-    ends = jnp.array([schedule.max_timesteps, schedule.min_time], theta.dtype)
-    first, last = schedule.log_snr(ends) / 2 - jnp.stack([0 * theta[-1], theta[-1] ** 2])
-    lam = first + (last - first) * jnp.cumsum(jax.nn.softmax(steps))
-    times = jnp.maximum(schedule.get_timesteps(jnp.exp(-lam)), ends[1])
-    return jnp.concatenate([ends[:1], times]), jnp.stack(corrections, 1)
-
-# %%
 def follow(
     sampler,  # a `DiffusionSampler`, whose denoiser and schedule count
     x,  # (B, …): noise at the first level
     conditioning=(),  # a dict or tuple of further arguments of the model, each (B, …)
     n=400,  # network calls
 ):
-    "Where the ODE carries x, (B, …): UniPC-3 on a fine Karras grid; over the last stretch ε̂ falls to 0 like σ, so it counts half."
+    "Where the ODE carries x, (B, …): UniPC-3 on a Karras grid, then half a stretch, as ε̂ falls like σ."
     guide = UniPCSampler(sampler.denoiser, noise_schedule=sampler.noise_schedule, order=3)
     steps = guide.make_steps(n, grid=karras_grid)
     x = guide.sample(x, steps, rng=0, conditioning=conditioning, denoise_final=False)
@@ -102,10 +105,10 @@ def follow(
 
 # %%
 class FewStepSampler(MultistepSampler):
-    "A multistep solver on x̂₀ with levels and weights of its own, found by `fit`; before that, Adams and Bashforth's second order in λ."
+    "A multistep solver on x̂₀ with levels and weights found by `fit`; before that, second order in λ."
     def __init__(self, *args,
                  steps=None,  # (N,): the levels, falling times
-                 corrections=None,  # (N-1, 2): added to the weights of the last two x̂₀, as shares of the step
+                 corrections=None,  # (N-1, 2): added to the weights of two past x̂₀, as shares of the step
                  **kwargs):
         super().__init__(*args, order=3, frame=DataFrame(), **kwargs)
         self.steps = self.corrections = None
@@ -118,8 +121,8 @@ class FewStepSampler(MultistepSampler):
             if not np.all(np.isfinite(self.corrections)):
                 raise ValueError("corrections must be finite, got NaN or infinity in them")
 
-    def plan(self, levels, i, last):
-        "Weights (2,) of the x̂₀ one and two steps back: those of a straight line through the last two, and what was learned."
+    def plan(self, levels, i, last) -> Any:
+        "Weights (2,) of the x̂₀ one and two steps back: a straight line's, and what was learned."
         w = jnp.pad(self.weights(levels, i, last, range(2))[1:], (0, 1))
         if self.corrections is None:
             return {"weights": w}
@@ -133,22 +136,26 @@ class FewStepSampler(MultistepSampler):
         steps = super().check_steps(steps)
         if self.steps is None or np.array_equal(steps, self.steps):
             return steps
-        raise ValueError(f"steps must be the {len(self.steps)} levels of the fit, `sampler.steps`, got {len(steps)} from {steps[0]:g} to {steps[-1]:g}")
+        raise ValueError(f"steps must be the {len(self.steps)} levels of the fit, `sampler.steps`, "
+                         f"got {len(steps)} from {steps[0]:g} to {steps[-1]:g}")
 
     def make_steps(self, diffusion_steps=50, start_step=1000, end_step=0, grid=None):
         "The levels of the fit; before it, any others."
         if self.steps is None:
             return super().make_steps(diffusion_steps, start_step, end_step, grid)
         if diffusion_steps != len(self.steps):
-            raise ValueError(f"diffusion_steps must be {len(self.steps)}, the levels of the fit, got {diffusion_steps}")
+            raise ValueError(f"diffusion_steps must be {len(self.steps)}, the levels of the fit, "
+                             f"got {diffusion_steps}")
         if grid is not None or (start_step, end_step) != (1000, 0):
-            raise ValueError("start_step, end_step and grid must be left at their defaults: the fit has found the levels")
+            raise ValueError("start_step, end_step and grid must be left at their defaults: "
+                             "the fit has found the levels")
         return self.steps
 
     def encode(self, x, steps, conditioning=()):
         "Upwards the learned weights mean nothing: refused after a fit."
         if self.corrections is not None:
-            raise ValueError("a fitted FewStepSampler only leads down; encode with DDIMSampler, or with one that was not fitted")
+            raise ValueError("a fitted FewStepSampler only leads down; "
+                             "encode with DDIMSampler, or with one that was not fitted")
         return super().encode(x, steps, conditioning)
 
     def residual(self, theta, denoiser, x, target, n, conditioning):
@@ -159,8 +166,9 @@ class FewStepSampler(MultistepSampler):
         return walk(trial, denoiser, x, times, jnp.int32(n - 2), jax.random.PRNGKey(0), conditioning) - target
 
     def fitting_problem(self, x, target, n, conditioning):
-        "(θ -> (residual, derivative), θ -> cost), compiled; an image that ends elsewhere altogether costs a tenth of the data's spread."
-        limit, data = (0.1 * jnp.std(target)) ** 2, (self.denoiser, x, target, conditioning)
+        "(θ -> (residual, derivative), θ -> cost), compiled; c is a tenth of the data's spread."
+        limit = (0.1 * jnp.std(target)) ** 2
+        data = self.denoiser, x, target, conditioning
 
         def residual(theta, denoiser, x, target, conditioning):
             return self.residual(theta, denoiser, x, target, n, conditioning)
@@ -173,7 +181,10 @@ class FewStepSampler(MultistepSampler):
             return (r * share).ravel(), J.reshape(len(theta), -1)
 
         cost = jax.jit(lambda theta, data: bounded(residual(theta, *data), limit)[0])
-        cast = lambda theta: jnp.asarray(theta, x.dtype)
+
+        def cast(theta):
+            return jnp.asarray(theta, x.dtype)
+
         return (lambda theta: linearize(cast(theta), data)), (lambda theta: float(cost(cast(theta), data)))
 
     def follow(self,
@@ -200,7 +211,8 @@ class FewStepSampler(MultistepSampler):
         check_positive_int("knots", knots)
         check_positive_int("iterations", iterations)
         if self.starts_pure:
-            raise ValueError("noise_schedule must have α > 0 at its last level to be fitted: λ is infinite there")
+            raise ValueError("noise_schedule must have α > 0 at its last level to be fitted: "
+                             "λ is infinite there")
         if target is None:
             target = follow(self, x, conditioning)
         check_shape("target", target, x.shape)
