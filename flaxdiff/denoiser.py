@@ -167,7 +167,6 @@ class DenoiserLike(Protocol):
         "(x̂₀, ε̂), each of x's shape."
         ...
 
-# %%
 def as_denoiser(
     model,  # a network with .apply(params, x, temb), a `Denoiser`, or any callable like one
     params=None,  # the network's parameters
@@ -185,8 +184,8 @@ def as_denoiser(
     if not isinstance(schedule, NoiseScheduler):
         raise ValueError("noise_schedule must be given: this denoiser carries none of its own")
     if params is not None or model_output_transform is not None:
-        raise ValueError("params and model_output_transform belong to a network, and model is a denoiser, "
-                         "which has its own")
+        raise ValueError("model must have a method apply(params, x, temb) where params or "
+                         f"model_output_transform are given, got {type(model).__name__}")
     leaves = jax.tree.leaves(model)
     if len(leaves) == 1 and leaves[0] is model:
         model = jax.tree_util.Partial(model)
