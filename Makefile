@@ -59,9 +59,9 @@ prepare: .venv/installed-dev
 	$(MAKE) test
 
 bench: .venv/installed-dev
-	$(BIN)/python tests/bench_sampling.py
-	$(BIN)/python tests/bench_data.py
-	$(BIN)/python tests/bench_train.py --parts
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/train.py --parts
 
 clean:
 	rm -rf _docs _proc runs demo.png dist build *.egg-info

@@ -145,16 +145,10 @@ def walk(sampler, x, steps, rng=0, stride=1, denoise_final=False):
     return sampler.sample(x, steps[-1:], rng=0) if denoise_final else x
 
 
-class Still:
-    "Mixed into a solver: it stands still between equal times, so that lists of every length, filled up with their last time, are one program."
-    def take_next_step(self, current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=None):
-        x, after = super().take_next_step(current_samples, reconstructed_samples, pred_noise, current_step, state, next_step=next_step)
-        pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(next_step < current_step, a, b), new, old)
-        return pick(x, current_samples), after.replace(memory=pick(after.memory, state.memory))
-
-
-@functools.lru_cache(maxsize=None)
-def still(cls): return type("Still" + cls.__name__, (Still, cls), {})
+def plan_table(sampler, times, first=0):
+    "What a solver plans for the steps from `first` on, a row for each."
+    levels = sampler.level(times)
+    return jax.vmap(lambda i: sampler.plan(levels, i, len(times) - 2))(jnp.arange(first, len(times) - 1))
 
 
 class OneOf(predictors.DiffusionPredictionTransform):
@@ -168,11 +162,12 @@ class OneOf(predictors.DiffusionPredictionTransform):
 
 def sample_each(cls, schedule, choices, model, x, lists, rng=0, options=()):
     "`sample` with each of these predictors from x along each of these lists of times, (predictors, lists, B, …), in one compilation."
-    sampler = still(cls)(model, Wave.params, schedule, OneOf(choices), **dict(options))
+    sampler = cls(model, Wave.params, schedule, OneOf(choices), **dict(options))
     longest = max(map(len, lists))
     table = jnp.asarray(np.stack([np.pad(steps, (0, longest - len(steps)), mode="edge") for steps in lists]))
+    last = jnp.asarray([len(steps) - 2 for steps in lists])
 
-    def run(which, steps):
+    def run(which, steps, last):
         sampler.model_output_transform.which = which
-        return sampler._scan(sampler.params, x, steps, jax.random.PRNGKey(rng), (), True)
-    return jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(jnp.arange(len(choices)), table)
+        return samplers.common.walk(sampler, sampler.denoiser, x, steps, last, jax.random.PRNGKey(rng))
+    return jax.jit(jax.vmap(jax.vmap(run, (None, 0, 0)), (0, None, None)))(jnp.arange(len(choices)), table, last)

@@ -116,21 +116,24 @@ def test_orders_in_lambda(cls, order, x64):
 @pytest.mark.parametrize("name", FRAMES)
 @over(schedule={"EDM": EDM, "linear": LINEAR, "cosine": COSINE})
 def test_a_frame_is_the_ode(name, schedule, x64):
-    "dy/dz is the slope along the exact path, `time` undoes `position`, and each image may have a time of its own."
+    "dy/dz is the slope along the exact path, `time` undoes `position`, the ratio is that of the position, and each image may have a level of its own."
     frame, T, point = make_frame(name, schedule), schedule.max_timesteps, jnp.full((1, 1), 0.7)
     times = jnp.asarray(schedule.get_timesteps(np.array([0.013, 0.5, 1.3, 30.0])))
-    np.testing.assert_allclose(frame.time(frame.position(times)), times, rtol=1e-9)
+    at = lambda t: (schedule.alpha(t), schedule.sigma(t))
+    position, scale = (lambda t: frame.position(*at(t))), (lambda t: frame.scale(*at(t)))
+    time = lambda z: schedule.get_timesteps(frame.ratio(z))
+    np.testing.assert_allclose(time(position(times)), times, rtol=1e-9)
     where = lambda t: exact_path(point, rates(schedule, 0.6 * T), rates(schedule, t))
     x = jnp.concatenate([where(t) for t in times])
     alpha, sigma = schedule.alpha(times)[:, None], schedule.sigma(times)[:, None]
     x0 = MIXTURE.denoise(x, alpha[:, 0], sigma[:, 0])
     eps = (x - alpha * x0) / sigma
-    slopes = frame.slope(x0, eps, times)
+    slopes = frame.slope(x0, eps, alpha, sigma)
     for i, t in enumerate(times):
-        h = 1e-5 * abs(frame.position(t))
-        y = [where(frame.time(frame.position(t) + d))[0, 0] / frame.scale(frame.time(frame.position(t) + d)) for d in (-h, h)]
+        h = 1e-5 * abs(position(t))
+        y = [where(time(position(t) + d))[0, 0] / scale(time(position(t) + d)) for d in (-h, h)]
         assert abs((y[1] - y[0]) / (2 * h) - slopes[i, 0]) < 1e-6 * max(1, abs(slopes[i, 0]))
-        np.testing.assert_array_equal(frame.slope(x0[i:i + 1], eps[i:i + 1], t), slopes[i:i + 1])
+        np.testing.assert_array_equal(frame.slope(x0[i:i + 1], eps[i:i + 1], *at(t)), slopes[i:i + 1])
 
 
 # Grids

@@ -7,7 +7,7 @@ import pytest
 from flaxdiff.exact import Gaussian, GaussianMixture
 from flaxdiff.samplers import DEISSampler, DPMSolverPlusPlusSampler, FewStepSampler, LMSSampler, UniPCSampler
 from flaxdiff.samplers.few_steps import bounded
-from laws import PREDICTORS, SCHEDULES, ZERO_SNR, exact_sampler, x64
+from laws import plan_table, PREDICTORS, SCHEDULES, ZERO_SNR, exact_sampler, x64
 
 EDM, ROW, N = SCHEDULES["EDMNoiseScheduler"], PREDICTORS["KarrasEDMPredictor"], 6
 SPREAD = np.geomspace(1, 1e-2, 8)
@@ -45,7 +45,7 @@ def test_levels_and_weights_are_all_there_is(fitted, x64):
     np.testing.assert_array_equal(again.sample(x, again.steps, rng=0), fitted.sample(x, fitted.steps, rng=0))
     np.testing.assert_array_equal(again.make_steps(N), fitted.steps)
     assert fitted.steps[0] == EDM.max_timesteps and fitted.steps[-1] >= EDM.min_time and np.all(np.diff(fitted.steps) < 0)
-    weights = np.asarray(fitted.plan(jnp.asarray(fitted.steps))["weights"])
+    weights = np.asarray(plan_table(fitted, jnp.asarray(fitted.steps))["weights"])
     assert np.all(weights[0] == 0) and weights[1, 1] == 0 and np.all(weights[2:] != 0)
 
 

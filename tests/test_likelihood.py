@@ -1,13 +1,17 @@
 """Laws of `flaxdiff.likelihood`: densities against those that can be written down, the bound above them, the constants of bits."""
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flaxdiff import likelihood
+from flaxdiff.denoiser import Denoiser
 from flaxdiff.exact import ExactModel, FiniteDataset, Gaussian, GaussianMixture
 from flaxdiff.likelihood import VariationalBound, bits_per_dim, dequantise, divergence, log_likelihood, to_noise, variational_bound
 from flaxdiff.samplers import EulerSampler, RK4Sampler, lambda_grid
+from flaxdiff.samplers.frames import DataFrame
 from flaxdiff.schedulers import KarrasVENoiseScheduler
 from laws import MIXTURE, PREDICTORS, SCHEDULES, ZERO_SNR, Wave, over, x64
 from test_samplers import equations
@@ -81,6 +85,49 @@ def test_predictors_and_solvers_agree(x64):
         np.testing.assert_allclose(log_likelihood(make(MIXTURE, EDM, predictor), x, 17), want, rtol=1e-8)
     solver = RK4Sampler(ExactModel(MIXTURE, EDM, V), {}, EDM, V, frame="angle")  # its frame is its own affair
     np.testing.assert_allclose(log_likelihood(solver, x, 17), want, rtol=1e-12)
+
+
+def test_a_denoiser_alone_will_do(x64):
+    "A `Denoiser`, a function that carries its schedule, and a sampler of a function that does not."
+    x = noisy(MIXTURE, EDM)
+    sampler = make(MIXTURE, EDM)
+    denoiser = Denoiser(ExactModel(MIXTURE, EDM, V), {}, EDM, V)
+    def function(x, t, conditioning=()): return denoiser(x, t, conditioning)
+    def carries(x, t, conditioning=()): return denoiser(x, t, conditioning)
+    carries.noise_schedule = EDM
+    for f in (lambda d: log_likelihood(d, x, 17), lambda d: variational_bound(d, x, 17, rng=0).total):
+        for other in (denoiser, carries, EulerSampler(function, noise_schedule=EDM)):
+            np.testing.assert_allclose(f(other), f(sampler), rtol=1e-12)
+
+
+class Million:
+    "A network of a million parameters, in an array of a shape that nothing else has."
+    shape = (1009, 1013)
+    def apply(self, params, x, temb): return jnp.tanh(x * jnp.sum(params["w"][0]))
+
+
+def test_no_parameters_stay_alive():
+    "Three networks are priced and let go: nothing in the process holds on to their weights."
+    def alive(): return sum(a.shape == Million.shape for a in jax.live_arrays())
+    def price(denoiser):
+        x = jnp.ones((2, 2))
+        return log_likelihood(denoiser, x, 5).sum() + variational_bound(denoiser, x, 5, rng=0).total.sum()
+    for seed in range(3):
+        params = {"w": jax.random.normal(jax.random.PRNGKey(seed), Million.shape)}
+        sampler, denoiser = EulerSampler(Million(), params, EDM, V), Denoiser(Million(), params, EDM, V)
+        assert np.isfinite(price(sampler) + price(denoiser)) and alive() == 1
+        del sampler, denoiser, params
+        gc.collect()
+        assert alive() == 0
+
+
+def test_rng_is_the_name_of_the_key():
+    x = jnp.ones((2, 3))
+    sampler = make(GAUSSIAN, EDM)
+    for f in (lambda **k: to_noise(sampler, x, 5, probes=1, gaussian=True, **k)[1], lambda **k: variational_bound(sampler, x, 5, **k).total):
+        np.testing.assert_array_equal(f(rng=3), f(key=3))
+        assert np.any(f(rng=3) != f(rng=4))
+        with pytest.raises(ValueError, match="rng"): f(rng=3, key=3)
 
 
 def test_pixels_add_up_and_neighbours_do_not_matter(x64):
@@ -197,11 +244,17 @@ def test_bad_requests_are_refused():
         with pytest.raises(ValueError, match="x"): f(sampler, jnp.ones((2, 1), int))
         with pytest.raises(ValueError, match="diffusion_steps|steps"): f(sampler, x, 0)
         with pytest.raises(ValueError, match="steps"): f(sampler, x, [0.2, 0.7])
-    for kwargs, name in ((dict(method="rk5"), "method"), (dict(frame="t"), "frame"), (dict(probes=0), "probes"), (dict(probes=1, key="a"), "rng")):
+    for kwargs, name in ((dict(method="rk5"), "method"), (dict(frame="t"), "frame"), (dict(probes=0), "probes"), (dict(probes=1, key="a"), "rng"),
+                         (dict(frame=DataFrame()), "frame"), (dict(gaussian="no"), "gaussian"), (dict(conditioning=3), "conditioning")):
         with pytest.raises(ValueError, match=name): to_noise(sampler, x, 3, **kwargs)
-    for kwargs, name in ((dict(draws=0), "draws"), (dict(step=0.3), "step"), (dict(step=0), "step")):
+    with pytest.raises(ValueError, match="images"): dequantise(np.zeros((2, 2), np.uint8), 0)
+    with pytest.raises(ValueError, match="step"): dequantise(jnp.zeros((2, 2)), 0, step=0)
+    for kwargs, name in ((dict(draws=0), "draws"), (dict(continuous="no"), "continuous"), (dict(step=0.3), "step"), (dict(step=0), "step")):
         with pytest.raises(ValueError, match=name): variational_bound(sampler, x, 3, **kwargs)
 
 
 def test_every_public_name_is_reached():
-    assert set(likelihood.__all__) <= {"METHODS", "VariationalBound", "bits_per_dim", "dequantise", "divergence", "log_likelihood", "to_noise", "variational_bound"}
+    parts = {"denoiser_and_schedule", "falling_times", "random_key", "runge_kutta_step", "probability_flow", "diffusion_loss", "prior_loss", "reconstruction_loss"}
+    programs = {"flow_programs", "diffusion_programs"}
+    assert set(likelihood.__all__) <= parts | programs | {"METHODS", "VariationalBound", "bits_per_dim", "dequantise", "divergence", "log_likelihood", "to_noise",
+                                                          "variational_bound"}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from flaxdiff.exact import GaussianMixture
-from flaxdiff.samplers import DDIMSampler, EDMSampler, EulerMaruyamaSampler, HeunSampler, PredictorCorrectorSampler
+from flaxdiff.samplers import DDIMSampler, EDMSampler, EulerMaruyamaSampler, HeunSampler, PredictorCorrectorSampler, SamplerState
 from flaxdiff.sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler, diffusion_squared, drift, score_from_eps, score_from_x0
-from laws import ALL_SCHEDULES, BOTH, EACH_KIND, MIXTURE, PREDICTORS, SCHEDULES, WAVE, Wave, ZERO_SNR, ends_pure, exact_sampler, is_discrete, over, sample_each, wave_sampler, x64
+from laws import plan_table, ALL_SCHEDULES, BOTH, EACH_KIND, MIXTURE, PREDICTORS, SCHEDULES, WAVE, Wave, ZERO_SNR, ends_pure, exact_sampler, is_discrete, over, sample_each, wave_sampler, x64
 
 CLASSICAL = {"VP": VPNoiseScheduler(), "sub-VP": SubVPNoiseScheduler(), "VE": VENoiseScheduler()}
 OTHERS = {"VP-T1000": VPNoiseScheduler(1000, 0.2, 12), "VP-constant": VPNoiseScheduler(1, 5, 5), "sub-VP-T1000": SubVPNoiseScheduler(1000), "VE-T10": VENoiseScheduler(10, 0.02, 300)}
@@ -270,12 +270,15 @@ def test_no_churn_is_heun_bit_for_bit(schedule):
     np.testing.assert_allclose(nowhere.sample(x, steps, 0), heun, rtol=1e-5, atol=1e-6)
 
 
+def churn_of(plan): return plan["higher"].time, plan["keep"], plan["add"]
+
+
 def test_the_plan_keeps_what_is_not_churned():
     "Exactly (t, 1, 0) outside [S_tmin, S_tmax], whose ends count as inside; û = (1 + γ) u within."
     for schedule, top in ((EDM, 3.0), (COSINE, 3.0)):
         sampler = EDMSampler(WAVE, {}, schedule, V, S_churn=5.0, S_tmin=0.3, S_tmax=top)
         times = jnp.asarray([schedule.max_timesteps, *(float(schedule.get_timesteps(u)) for u in (top, 1.0, 0.3, 0.1)), schedule.min_time])
-        t_hat, keep, add = map(np.asarray, sampler.plan(times))
+        t_hat, keep, add = map(np.asarray, churn_of(plan_table(sampler, times)))
         out, inside = [0, 4], [1, 2, 3]
         np.testing.assert_array_equal(t_hat[out], times[jnp.array(out)])
         assert np.all(keep[out] == 1) and np.all(add[out] == 0) and np.all(add[inside] > 0)
@@ -313,11 +316,10 @@ def test_churn_on_vp_is_noise_in_y(x64):
     sampler = EDMSampler(WAVE, Wave.params, LINEAR, V, S_churn=0.6, S_noise=1.1)
     times = jnp.array([700.0, 400.0, 100.0])
     (at, st_), x, z = rates(LINEAR, 700), x_of(), noises(2, 1, SHAPE)[0]
-    class State:
-        plan = tuple(row[0] for row in sampler.plan(times))
-        def get_random_key(self): key, z = jax.random.split(jax.random.PRNGKey(2)); return self, z
-    x_hat, t_hat, _ = sampler.before_ask(x, times[0], State())
-    ah, sh = rates(LINEAR, t_hat)
+    levels = sampler.level(times)
+    state = SamplerState(jax.random.PRNGKey(2), plan=sampler.plan(levels, 0, 1))
+    x_hat, higher, _ = sampler.before_denoising(x, levels[0], state)
+    ah, sh = rates(LINEAR, higher.time)
     assert np.isclose(sh / ah, 1.2 * st_ / at, rtol=1e-9)
     np.testing.assert_allclose(x_hat, ah * (x / at + 1.1 * np.sqrt(1.44 - 1) * st_ / at * z), rtol=1e-9)
 
@@ -364,8 +366,8 @@ def test_from_pure_noise_the_first_step_is_ddims_and_gradients_are_finite(kind):
     ddim = wave_sampler(DDIMSampler, PURE, V).sample(x, [T, 0.7 * T], 0, denoise_final=False)
     np.testing.assert_allclose(sampler.sample(x, [T, 0.7 * T], 0, denoise_final=False), ddim, rtol=2e-5, atol=2e-6)
     times = jnp.linspace(0.9, 0.1, 4) * T
-    total = lambda h: sum(jnp.sum(row[1:]) for row in sampler.plan(jnp.concatenate([jnp.array([T], jnp.float32), h])))
-    assert np.all(np.isfinite(jax.jit(jax.grad(total))(times))) and all(np.all(np.isfinite(row)) for row in jax.jit(sampler.plan)(jnp.array([T, 500.0, 3.0])))
+    total = lambda h: sum(jnp.sum(row) for row in jax.tree.leaves(plan_table(sampler, jnp.concatenate([jnp.array([T], jnp.float32), h]), 1)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(total))(times))) and np.isfinite(total(jnp.array([500.0, 3.0])))
 
 
 @over(kind={**NEW, "PC2": (PredictorCorrectorSampler, (("corrector_steps", 2),))})

@@ -1,6 +1,6 @@
 """What a training step costs: ours, a plain jitted JAX step, and (where they are installed) PyTorch with the same network, and diffusers.
 
-    python tests/bench_train.py [--rounds 15] [--only NAME …] [--parts]
+    python benchmarks/train.py [--rounds 15] [--only NAME …] [--parts]
 
 A UNet of 2.2 million parameters, 16 images of 32×32×3, Adam and a moving average. Every contender has a process of its own and they take
 turns, so none meets the waiting threads of another. All but plain JAX keep their memory from step to step. Prints medians, the first call and the memory of the compiled step.

@@ -1,6 +1,6 @@
 """What the data pipeline gives by itself: images a second of each kind of stream, and of the augmentation on the device.
 
-    python tests/bench_data.py [--windows 7] [--batch-size 128]
+    python benchmarks/data.py [--windows 7] [--batch-size 128]
 
 Prints the median over windows of images/s and of CPU time an image (all threads; it does not suffer from other work on the machine).
 A window is as many batches as there are threads; what was made ready before the first is not counted. The pictures are JPEG files of

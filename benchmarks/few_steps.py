@@ -1,6 +1,6 @@
 """Few steps: `FewStepSampler` against the solvers of k-diffusion, diffusers and smalldiffusion, by the exact ODE solution, in 64 dimensions.
 
-    python tests/bench_few_steps.py [--problems gaussian-1 mixture-1 digits …] [--budgets 8 10 20 40 80] [--starts 64 128] [--grids karras] [--quick]
+    python benchmarks/few_steps.py [--problems gaussian-1 mixture-1 digits …] [--budgets 8 10 20 40 80] [--starts 64 128] [--grids karras] [--quick]
 
 From σ = 80 to 0.002 and on to x̂₀; the error is the root mean square, over 256 starts no fit has seen, of what is off from the ODE's own end at
 σ = 0. That is known for a Gaussian, and for a mixture found by Runge and Kutta's order 4 in log σ, thousands of calls in float64. All take the
@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 
 warnings.simplefilter("ignore")
 import diffusers
-import peers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import peers  # noqa: E402
 from flaxdiff.exact import ExactModel, Gaussian, GaussianMixture
 from flaxdiff.predictors import KarrasEDMPredictor
 from flaxdiff.samplers.few_steps import FewStepSampler

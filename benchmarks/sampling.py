@@ -1,6 +1,6 @@
 """What the framework costs: sampling with a trivial network, ours against a hand-written `lax.scan` of the same formula.
 
-    python tests/bench_sampling.py [--repeats 15] [--device cpu] [--only NAME …]
+    python benchmarks/sampling.py [--repeats 15] [--device cpu] [--only NAME …]
 
 Prints µs a step (the slope between 100 and 1,000 steps, medians over interleaved repetitions), their ratio, and the time of our first call
 with 10 levels and with 1,000. By hand, all that depends on the levels alone is a table that was made before.
@@ -143,20 +143,27 @@ def unipc(params, x, carried, now, then, row):
 def ratios(sampler, times):
     "x's own factor where the weights of the past sum to the rest."
     alpha, sigma = sampler.noise_schedule.alpha(times), sampler.noise_schedule.sigma(times)
-    noisy = isinstance(sampler, S.DEISSampler) or not hasattr(sampler, "renew")
+    noisy = not isinstance(sampler, (S.DPMSolverPlusPlusSampler, S.UniPCSampler))
     return (alpha[1:] / alpha[:-1]) if noisy else (sigma[1:] / sigma[:-1])
 
 
-def of_weights(sampler, times): return ratios(sampler, times), sampler.weights(times, range(sampler.order))
+def plans(sampler, times, make):
+    "`make(levels, i, last)` of every step."
+    level_table, last = sampler.level(times), len(times) - 2
+    return jax.vmap(lambda i: make(level_table, i, last))(jnp.arange(last + 1))
+
+
+def weights(sampler, times, ages): return plans(sampler, times, lambda *where: sampler.weights(*where, ages))
+def of_weights(sampler, times): return ratios(sampler, times), weights(sampler, times, range(sampler.order))
 def of_start(sampler, times): return jnp.arange(len(times) - 1), *of_weights(sampler, times)
-def of_euler_maruyama(sampler, times): return tuple(sampler.plan(times))
+def of_euler_maruyama(sampler, times): return plans(sampler, times, lambda *where: S.EulerMaruyamaSampler.plan(sampler, *where))
 def of_middle(sampler, times): return levels_of(sampler, sampler.noise_schedule.get_timesteps((lambda u: (u[1:] + u[:-1]) / 2)(sampler.noise_schedule.sigma(times))))
 def levels_of(sampler, times): return levels(sampler.noise_schedule, sampler.model_output_transform, times)
 
 
 def of_churn(sampler, times):
-    t_hat, _, add = sampler.plan(times)
-    return levels_of(sampler, t_hat), add
+    plan = plans(sampler, times, sampler.plan)
+    return levels_of(sampler, plan["higher"].time), plan["add"]
 
 
 def of_ancestral(sampler, times):
@@ -172,18 +179,18 @@ def of_corrector(sampler, times):
 
 
 def of_sde(sampler, times):
-    kept = sampler.plan(times)["kept"]
-    return kept * ratios(sampler, times), sampler.noise_schedule.sigma(times[1:]) * jnp.sqrt(1 - kept ** 2), sampler.weights(times, range(sampler.order))
+    kept = plans(sampler, times, sampler.plan)["kept"]
+    return kept * ratios(sampler, times), sampler.noise_schedule.sigma(times[1:]) * jnp.sqrt(1 - kept ** 2), weights(sampler, times, range(sampler.order))
 
 
 def of_look(sampler, times):
-    plan = sampler.plan(times)
-    return levels_of(sampler, plan["at"][:, 0]), plan["weights"][:, 1]
+    (middle, _, _), (_, weight, _) = plans(sampler, times, sampler.plan)
+    return levels_of(sampler, middle.time), weight
 
 
 def of_unipc(sampler, times):
     shift = lambda v: jnp.concatenate([0 * v[:1], v[:-1]])
-    V = shift(sampler.weights(times, range(-1, sampler.order)))
+    V = shift(weights(sampler, times, range(-1, sampler.order)))
     return of_weights(sampler, times), (shift(ratios(sampler, times)), V[:, 0], V[:, 1:]), jnp.arange(len(times) - 1) == 0
 
 
