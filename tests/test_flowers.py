@@ -27,7 +27,7 @@ from flaxdiff.trainer.step import init_state
 from flaxdiff.training import TrainConfig, load_run, make_optimizer, train_main, train_parser
 
 for extra in ("tensorflow_datasets", "grain"): pytest.importorskip(extra)
-NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "38_flowers_tpu.ipynb").read_text(encoding="utf-8"))
+NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "37_flowers_tpu.ipynb").read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 PRINTED = "".join("".join(out.get("text", "")) for cell in NOTEBOOK["cells"] for out in cell.get("outputs", []))
 KEPT = {"ATTEND", "SETTINGS", "BATCH", "PLANS", "FLOPS", "PEAK", "LINE", "LINES"}  # assignments of the chapter that are executed; of the rest, what defines and imports
@@ -43,7 +43,7 @@ def chapter(size):
     names = {"SIZE": size, "__name__": "chapter"}
     for source in CODE:
         body = ast.parse(re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.M)).body
-        exec(compile(ast.Module([s for s in body if wanted(s)], []), "38_flowers_tpu", "exec"), names)
+        exec(compile(ast.Module([s for s in body if wanted(s)], []), "37_flowers_tpu", "exec"), names)
     return SimpleNamespace(**names), names
 
 

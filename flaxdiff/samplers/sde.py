@@ -6,6 +6,8 @@
 __all__ = ['EulerMaruyamaSampler', 'square_norm', 'PredictorCorrectorSampler']
 
 # %% ../../nbs/10_reverse_sde.ipynb #407018a1
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,7 @@ class EulerMaruyamaSampler(DiffusionSampler):
         self.eta = check_real("eta", eta, 0, 1)
         self.s_noise = check_real("s_noise", s_noise, 0)
 
-    def plan(self, levels, i, last):
+    def plan(self, levels, i, last) -> Any:
         "(α_s, σ_s (1/ρ - (1+η²)/2 (1/ρ - ρ)), η σ_s √(1/ρ² - 1)) with ρ = u_s/u_t: the weights of x̂₀, ε̂ and z."
         alpha, sigma = levels[i + 1].alpha, levels[i + 1].sigma
         fall = levels[i + 1].log_snr - levels[i].log_snr  # log 1/ρ²
