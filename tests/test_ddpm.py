@@ -12,7 +12,7 @@ from flaxdiff.predictors import EpsilonPredictor, VPredictor
 from flaxdiff.samplers import DDIMSampler, DDPMSampler, DiffusionSampler, EulerAncestralSampler, EulerSampler, HeunSampler
 from flaxdiff.schedulers import CosineContinuousNoiseScheduler, LinearNoiseSchedule
 from flaxdiff.trainer import DiffusionTrainer
-from laws import plan_table, MIXTURE, PREDICTORS, SAMPLER_CLASSES, SCHEDULES, WAVE, ZERO_SNR, Wave, default_predictor, exact_sampler, over, wave_sampler, x64
+from laws import ends_pure, plan_table, MIXTURE, PREDICTORS, SAMPLER_CLASSES, SCHEDULES, WAVE, ZERO_SNR, Wave, default_predictor, exact_sampler, over, wave_sampler, x64
 
 WITH_ZERO_SNR = {**SCHEDULES, **ZERO_SNR}
 EDM, LINEAR = SCHEDULES["EDMNoiseScheduler"], SCHEDULES["LinearNoiseSchedule"]
