@@ -26,7 +26,7 @@ class Level(flax.struct.PyTreeNode):
     sigma: Any  # σ(t)
     temb: Any = None  # what the network is told of t
     input_scale: Any = None  # what the network's input is multiplied by
-    decoding: Any = None  # (p, q, r, s) of x̂₀ = p x + q F and ε̂ = r x + s F
+    decoding: Any = None  # the predictor's row and its determinant, (a, b, α b - σ a)
 
     def __getitem__(self, i):  # a number, or an array of them
         "The i-th level of a table."
@@ -122,13 +122,11 @@ class Denoiser:
         "α, σ, the network's time and the predictor's coefficients at t, as a `Level`."
         alpha = self.noise_schedule.alpha(t)
         sigma = self.noise_schedule.sigma(t)
-        one, zero = jnp.ones_like(sigma), jnp.zeros_like(sigma)
-        x0_by_x, eps_by_x = self.model_output_transform.decode(one, zero, alpha, sigma)
-        x0_by_F, eps_by_F = self.model_output_transform.decode(zero, one, alpha, sigma)
+        a, b = self.model_output_transform.row(alpha, sigma)
         return Level(time=t, alpha=alpha, sigma=sigma,
                      temb=self.noise_schedule.network_time(t),
                      input_scale=self.model_output_transform.get_input_scale(alpha, sigma),
-                     decoding=(x0_by_x, x0_by_F, eps_by_x, eps_by_F))
+                     decoding=(a, b, alpha * b - sigma * a))
 
     def at(self,
            x,  # (B, …): noisy images
@@ -144,8 +142,8 @@ class Denoiser:
             F = self.model.apply(self.params, x_in, temb, *conditioning)
         F, second_half = split_output(F, x)
         F = F.astype(x.dtype)
-        x0_by_x, x0_by_F, eps_by_x, eps_by_F = (per_image(v, x) for v in level.decoding)
-        return x0_by_x * x + x0_by_F * F, eps_by_x * x + eps_by_F * F, second_half
+        a, b, det, alpha, sigma = (per_image(v, x) for v in (*level.decoding, level.alpha, level.sigma))
+        return (b * x - sigma * F) / det, (alpha * F - a * x) / det, second_half
 
     def __call__(self,
                  x,  # (B, …): noisy images x_t

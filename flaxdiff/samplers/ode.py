@@ -33,35 +33,56 @@ class RungeKuttaSampler(DiffusionSampler):
         if self.frame.rate:
             raise ValueError("frame must be one in which dy/dz is the slope itself, "
                              f"got {type(self.frame).__name__}; use DPMSolverSampler")
-        self.y_is_x = self.noise_schedule.variance_exploding and isinstance(self.frame, SigmaFrame)  # a scale of 1
+        self.y_is_x = False
+        if self.noise_schedule.variance_exploding:
+            self.y_is_x = isinstance(self.frame, SigmaFrame)  # a scale of 1
 
     def plan(self, levels, i, last):
         "The length of the step, and the levels inside it."
         return self.step_plan(levels[i], levels[i + 1])
 
-    def step_plan(self, level, next_level):
+    def step_plan(self,
+                  level,  # a `Level`: where the step begins
+                  next_level,  # a `Level`: where it ends
+                 ):
         "The same for the step between two `Level`s."
         z = self.frame.position(level.alpha, level.sigma)
         h = self.frame.position(next_level.alpha, next_level.sigma) - z
         return {"h": h, "inside": [self.level_at(z + share * h) for share in self.looks]}
 
-    def level_at(self, z):
+    def level_at(self,
+                 z,  # scalar or (B,): positions
+                ):
         "The `Level` of a position."
         return self.level(self.noise_schedule.get_timesteps(self.frame.ratio(z)))
 
-    def to_frame(self, x, level):
+    def to_frame(self,
+                 x,  # (B, …): samples
+                 level,  # their `Level`
+                ):
         "y."
         return x if self.y_is_x else x / per_image(self.frame.scale(level.alpha, level.sigma), x)
 
-    def from_frame(self, y, level):
+    def from_frame(self,
+                   y,  # (B, …): samples in the frame
+                   level,  # their `Level`
+                  ):
         "x."
         return y if self.y_is_x else per_image(self.frame.scale(level.alpha, level.sigma), y) * y
 
-    def slope(self, x0, eps, level):
+    def slope(self,
+              x0,  # (B, …): x̂₀
+              eps,  # (B, …): ε̂
+              level,  # the `Level` of both
+             ):
         "dy/dz of an answer."
         return self.frame.slope(x0, eps, per_image(level.alpha, eps), per_image(level.sigma, eps))
 
-    def ask_slope(self, state, y, level):
+    def ask_slope(self,
+                  state,  # a `SamplerState`
+                  y,  # (B, …): samples in the frame
+                  level,  # their `Level`
+                 ):
         "dy/dz at y: one network call."
         x0, eps = state.denoise(self.from_frame(y, level), level)
         return self.slope(x0, eps, level)
@@ -118,7 +139,14 @@ class AdaptiveSampler(RungeKuttaSampler):
             raise ValueError("rtol and atol must not both be 0")
         self.max_substeps = check_positive_int("max_substeps", max_substeps)
 
-    def try_step(self, state, y, k1, z, h, end):
+    def try_step(self,
+                 state,  # a `SamplerState`
+                 y,  # (B, …): samples in the frame
+                 k1,  # (B, …): their slope
+                 z,  # (B,): their positions
+                 h,  # (B,): how far to go
+                 end,  # the `Level` of z + h
+                ):
         "From z to z + h, at `end`: (y, slope, error in units of the tolerance); three network calls."
         by = per_image(h, y)
         k2 = self.ask_slope(state, y + by / 2 * k1, self.level_at(z + h / 2))
