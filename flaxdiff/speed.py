@@ -17,7 +17,7 @@ import jax
 def compiler_options():
     "What `jax.jit` should tell XLA about a training step: on CPUs, no YNNPACK for convolutions; else None."
     if jax.default_backend() != "cpu": return None
-    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"  # it is slow where channels are few
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"  # slow where channels are few
     options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
     try: jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError: return None  # an XLA that does not know it
@@ -25,7 +25,7 @@ def compiler_options():
 
 # %% ../nbs/36_speed.ipynb #46c7d235
 def keep_memory():
-    "Let this process keep a CPU step's memory for the next; call it before the first array is made (Linux only)."
+    "Let this process keep a CPU step's memory for the next; call it before the first array is made (Linux)."
     if sys.platform != "linux":
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # only the calling thread's memory can be kept

@@ -42,7 +42,7 @@ class RandomMarkovState(flax.struct.PyTreeNode):
     rng: jax.Array  # the key that has not been used yet
 
     def get_random_key(self):
-        "(the next state, a fresh key); the old one must not be used again. `NoRandomKey` where `rng` is None."
+        "(the next state, a fresh key); the old one must not be used again. `NoRandomKey` if `rng` is None."
         if self.rng is None:
             raise NoRandomKey("a random draw was asked of a state without a key; give rng=, a key or a seed")
         rng, key = jax.random.split(self.rng)

@@ -163,14 +163,26 @@ class FewStepSampler(MultistepSampler):
                              "encode with DDIMSampler, or with one that was not fitted")
         return super().encode(x, steps, conditioning)
 
-    def residual(self, theta, denoiser, x, target, n, conditioning):
+    def residual(self,
+                 theta,  # (3 knots + 1,): θ
+                 denoiser,  # the sampler's own, or one like it
+                 x,  # (B, …): noise at the first level
+                 target,  # (B, …): where it should go
+                 n,  # how many levels
+                 conditioning,  # a dict or a tuple
+                ):
         "What n calls from x are off by, at θ: the whole sampler as a function of its levels and weights."
         trial = copy.copy(self)
         times, corrections = unfold(self.noise_schedule, theta.astype(x.dtype), n)
         trial.steps, trial.corrections = None, corrections
         return walk(trial, denoiser, x, times, jnp.int32(n - 2), jax.random.PRNGKey(0), conditioning) - target
 
-    def fitting_problem(self, x, target, n, conditioning):
+    def fitting_problem(self,
+                        x,  # (B, …): noise at the first level
+                        target,  # (B, …): where it should go
+                        n,  # how many levels
+                        conditioning,  # a dict or a tuple
+                       ):
         "(θ -> (residual, derivative), θ -> cost), compiled; c is a tenth of the data's spread."
         limit = (0.1 * jnp.std(target)) ** 2
         data = self.denoiser, x, target, conditioning

@@ -83,17 +83,27 @@ class MultistepSampler(DiffusionSampler):
         self.frame = make_frame(frame, self.noise_schedule)
         self.lower_order_final = check_flag("lower_order_final", lower_order_final)
 
-    def first_level(self, levels):
+    def first_level(self,
+                    levels,  # a table of `Level`s
+                   ):
         "(The number of the first level with α > 0, all positions: finite where α = 0, and not to be used.)"
         pure = levels.alpha == 0
         z = self.frame.position(jnp.where(pure, 1, levels.alpha), levels.sigma)
         return pure[0].astype(jnp.int32), z
 
-    def allowed_order(self, i, last):
+    def allowed_order(self,
+                      i,  # the number of a step
+                      last,  # the number of the last
+                     ):
         "How many slopes step i may use at most; None where nothing limits it."
         return jnp.maximum(last - i + 1, 1) if self.lower_order_final else None
 
-    def weights(self, levels, i, last, ages):
+    def weights(self,
+                levels,  # a table of `Level`s
+                i,  # the step from levels[i] to levels[i + 1]
+                last,  # the number of the last step
+                ages,  # whole numbers: use the levels 0, 1, 2, … steps back; -1 is the one ahead
+               ):
         "W_j = scale(s) ∫ K(z_s - z) ℓ_j(z) dz of one step, (len(ages),)."
         first, z = self.first_level(levels)
         w = step_weights(z, i, ages, self.frame.kernel, first, self.allowed_order(i, last), self.midpoint)
@@ -107,7 +117,11 @@ class MultistepSampler(DiffusionSampler):
         "The slopes of the last order - 1 steps, the newest first; none yet."
         return jnp.zeros((self.order - 1, *x.shape), x.dtype)
 
-    def slope(self, x0, eps, state):
+    def slope(self,
+              x0,  # (B, …): x̂₀
+              eps,  # (B, …): ε̂
+              state,  # a `SamplerState`
+             ):
         "f: what is remembered of an answer."
         return self.frame.slope(x0, eps, state.level.alpha, state.level.sigma)
 

@@ -16,9 +16,9 @@ from ..utils import check_real, check_whole
 
 # %% ../../nbs/10_reverse_sde.ipynb #e2650c61
 class EulerMaruyamaSampler(DiffusionSampler):
-    "The reverse SDE by Euler's method with noise, in y = x/α on the clock u² = σ²/α² (Anderson 1982; Song et al. 2021b)."
+    "The reverse SDE by Euler's method with noise, in y = x/α on the clock u² = σ²/α² (Song et al. 2021b)."
     def __init__(self, *args,
-                 eta=1.0,  # η: 1 is the reverse SDE, 0 the ODE by the same clock, between them the family of equal marginals
+                 eta=1.0,  # η: 1 is the reverse SDE, 0 the ODE by the same clock; all keep the marginals
                  s_noise=1.0,  # standard deviation of the fresh noise, in units of what η asks for
                  **kwargs):
         super().__init__(*args, **kwargs)
@@ -26,7 +26,7 @@ class EulerMaruyamaSampler(DiffusionSampler):
         self.s_noise = check_real("s_noise", s_noise, 0)
 
     def plan(self, levels, i, last) -> Any:
-        "(α_s, σ_s (1/ρ - (1+η²)/2 (1/ρ - ρ)), η σ_s √(1/ρ² - 1)) with ρ = u_s/u_t: the weights of x̂₀, ε̂ and z."
+        "(α_s, σ_s ((1+η²)/2 ρ + (1-η²)/2 /ρ), η σ_s √(1/ρ² - 1)), ρ = u_s/u_t: weights of x̂₀, ε̂, z."
         alpha, sigma = levels[i + 1].alpha, levels[i + 1].sigma
         fall = levels[i + 1].log_snr - levels[i].log_snr  # log 1/ρ²
         kept = (1 + self.eta ** 2) / 2 * jnp.exp(-fall / 2)
@@ -76,8 +76,12 @@ class PredictorCorrectorSampler(EulerMaruyamaSampler):
             x_s, state = self.correct(x_s.astype(x.dtype), alpha_ratio, state)
         return x_s, state
 
-    def correct(self, x, alpha_ratio, state):
-        "One Langevin step at s: x + ε ∇log p + √(2ε) z, ε = 2 (α_s/α) (r |z|/|∇log p|)² for each image, at most α² + σ²."
+    def correct(self,
+                x,  # (B, …): samples at s
+                alpha_ratio,  # α_s over α a thousandth of T before
+                state,  # a `SamplerState`
+               ):
+        "x + ε ∇log p + √(2ε) z at s, ε = 2 (α_s/α) (r |z|/|∇log p|)² for each image, at most α² + σ²."
         alpha, sigma = state.next_level.alpha, state.next_level.sigma
         state, key = state.get_random_key()
         z = jax.random.normal(key, x.shape, x.dtype)
