@@ -268,3 +268,9 @@ def test_bad_options_are_refused():
         with pytest.raises(ValueError, match=name): DPMSolverPlusPlusSampler(WAVE, Wave.params, EDM, V, **bad)
     with pytest.raises(ValueError, match="corrector"): UniPCSampler(WAVE, Wave.params, EDM, V, corrector="no")
     with pytest.raises(ValueError, match="variable"): DEISSampler(WAVE, Wave.params, EDM, V, variable="t")
+
+
+def test_a_frame_whose_slope_is_no_prediction_is_refused():
+    "In the angle or λ frame the slope is v̂: DDIM's step and a sum of differences would be of order 1, without a word."
+    for frame in ("angle", "lambda", None):
+        with pytest.raises(ValueError, match="frame"): LMSSampler(WAVE, Wave.params, LINEAR, V, frame=frame)

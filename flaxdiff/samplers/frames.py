@@ -16,6 +16,7 @@ class Frame:
     with the kernel K = 1, or k exp(-k (z_s - z)).
     """
     rate = 0.0  # k
+    slope_is_prediction = True  # whether f is ε̂ or x̂₀ itself: what multistep methods remember
 
     def position(self,
                  alpha,  # α, any shape
@@ -73,6 +74,8 @@ class SigmaFrame(Frame):
 
 class AngleFrame(Frame):
     "y = x/√(α²+σ²) against θ = atan2(σ, α): dy/dθ = v̂, bounded at both ends (Salimans & Ho 2022, app. D)."
+    slope_is_prediction = False
+
     def position(self, alpha, sigma):
         "θ = atan2(σ, α), radians."
         return jnp.arctan2(sigma, alpha)
@@ -108,6 +111,8 @@ class LambdaFrame(AngleFrame):
 # %% ../../nbs/11_frames.ipynb #fe0ac594
 class DataFrame(LambdaFrame):
     "y = x/α against λ, and dy/dλ = k (x̂₀ - y): k = 1 is the ODE, k = 1 + η an SDE's mean (Lu et al. 2022b)."
+    slope_is_prediction = True
+
     def __init__(self,
                  rate=1.0,  # k
                 ):
@@ -124,6 +129,7 @@ class DataFrame(LambdaFrame):
 class NoiseFrame(LambdaFrame):
     "y = x/σ against λ, and dy/dλ = -(ε̂ - y) (Lu et al. 2022a)."
     rate = -1.0
+    slope_is_prediction = True
 
     def scale(self, alpha, sigma):
         "σ."

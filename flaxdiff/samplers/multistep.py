@@ -81,6 +81,8 @@ class MultistepSampler(DiffusionSampler):
         order = int(order) if isinstance(order, np.integer) else order
         self.order = check_choice("order", order, self.orders)
         self.frame = make_frame(frame, self.noise_schedule)
+        if not self.frame.slope_is_prediction:
+            raise ValueError(f"frame must be one whose slope is ε̂ or x̂₀, such as 'sigma', got {frame!r}")
         self.lower_order_final = check_flag("lower_order_final", lower_order_final)
 
     def first_level(self,
