@@ -188,6 +188,8 @@ class Programs:
                  switches=(),  # the names of its switches
                  keep=16,  # how many programs
                 ):
+        self.function = function
+        self.switches = switches
         self.jitted = jax.jit(function, static_argnames=switches)
         self.keep = keep
         self.compiled = OrderedDict()
@@ -200,7 +202,9 @@ class Programs:
         floats = jnp.result_type(float)  # float64 where that is switched on
         key = structure, tuple(switches.items()), floats, tuple(map(self.signature, leaves))
         if key not in self.compiled:
-            self.compiled[key] = self.jitted.lower(*arrays, **switches).compile()
+            function = partial(self.function)  # a new object: JAX keeps a program while its function lives
+            jitted = jax.jit(function, static_argnames=self.switches)
+            self.compiled[key] = jitted.lower(*arrays, **switches).compile()
         self.compiled.move_to_end(key)
         while len(self.compiled) > self.keep:
             self.compiled.popitem(last=False)
@@ -220,6 +224,14 @@ def prior_std(
     "The standard deviation of the noise that sampling starts from: σ where α ≡ 1, else √(α²+σ²)."
     sigma = noise_schedule.sigma(t)
     return sigma if noise_schedule.variance_exploding else jnp.hypot(noise_schedule.alpha(t), sigma)
+
+def draw_noise(
+    key,  # a JAX random key
+    std,  # scalar: the standard deviation
+    shape,  # (B, H, W, C)
+):
+    "Normal noise of that standard deviation."
+    return jax.random.normal(key, shape) * std
 
 def image_shape(
     model,  # a network, which may carry `image_shape`
@@ -260,19 +272,24 @@ def check_priors(
         raise ValueError("priors must be finite, got NaN or infinity in them")
     return priors
 
-def warn_of_lost_images(
+def finish_images(
     images,  # (B, H, W, C): what a sampler made
+):
+    "(the images in [-1, 1], how many of them are not finite)."
+    lost = jnp.sum(~jnp.all(jnp.isfinite(images), (1, 2, 3)))
+    return clip_images(images), lost
+
+def warn_of_lost_images(
+    lost,  # how many images are not finite
+    batch,  # of how many
     params,  # the network's parameters
 ):
     "A `ValueError` where the parameters are not finite; a warning that counts the images which are not."
-    if isinstance(images, Tracer):
-        return
-    lost = int(jnp.sum(~jnp.all(jnp.isfinite(images), (1, 2, 3))))
-    if not lost:
+    if isinstance(lost, Tracer) or not lost:
         return
     if not all(np.all(np.isfinite(np.asarray(v, np.float32))) for v in jax.tree.leaves(params)):
         raise ValueError("params must be finite, got NaN or infinity in them: they can make no image")
-    warnings.warn(f"{lost} of {len(images)} images are not finite: the solver left the range of numbers, "
+    warnings.warn(f"{lost} of {batch} images are not finite: the solver left the range of numbers, "
                   "or gave up; try other levels (grid=), more steps, or another solver", stacklevel=3)
 
 # %% ../../nbs/05_sampling.ipynb #5671fc51
@@ -295,6 +312,8 @@ class DiffusionSampler(Solver):
         self.guidance_scale = guidance_scale
         self.starts_pure = float(self.noise_schedule.alpha(self.noise_schedule.max_timesteps)) == 0
         self.programs = Programs(partial(walk, self), ("denoise_final",))
+        self.draw_noise = Programs(draw_noise, ("shape",))
+        self.finish_images = Programs(finish_images)
 
     @property
     def params(self):
@@ -391,9 +410,9 @@ class DiffusionSampler(Solver):
         if priors is None:
             batch = check_positive_int("num_images", 16 if num_images is None else num_images)
             shape = batch, *image_shape(self.model, image_size, channels)
-            priors = jax.random.normal(noise_key, shape) * prior_std(self.noise_schedule, steps[0])
+            priors = self.draw_noise(noise_key, prior_std(self.noise_schedule, steps[0]), shape=shape)
         else:
             priors = check_priors(priors, num_images, image_size, channels)
-        images = self.run(priors, steps, key, conditioning, True)
-        warn_of_lost_images(images, self.params)
-        return clip_images(images)
+        images, lost = self.finish_images(self.run(priors, steps, key, conditioning, True))
+        warn_of_lost_images(lost, len(images), self.params)
+        return images
