@@ -213,7 +213,7 @@ class FileStream(EndlessLine):
         try:
             import grain  # here, not above: the digits need none
         except ImportError as e:
-            raise ValueError("reading pictures from disk needs grain: pip install 'flaxdiff[data]'") from e
+            raise ValueError("reading pictures from disk needs grain: pip install grain pillow") from e
         super().__init__(len(source), batch_size, seed, host, hosts)
         limit = max(10, len(source) // 100) if max_damaged is None else max_damaged
         self.max_damaged = check_whole("max_damaged", limit)
