@@ -323,6 +323,9 @@ class DiffusionSampler(Solver):
     @params.setter
     def params(self, params):
         self.denoiser = Denoiser(self.model, params, self.noise_schedule, self.model_output_transform)
+        for part in vars(self).values():  # solvers that this one is made of
+            if isinstance(part, DiffusionSampler):
+                part.denoiser = self.denoiser
 
     def level(self,
               t,  # scalar or (N,): times
