@@ -163,14 +163,7 @@ class FewStepSampler(MultistepSampler):
                              "encode with DDIMSampler, or with one that was not fitted")
         return super().encode(x, steps, conditioning)
 
-    def residual(self,
-                 theta,  # (3 knots + 1,): θ
-                 denoiser,  # the sampler's own, or one like it
-                 x,  # (B, …): noise at the first level
-                 target,  # (B, …): where it should go
-                 n,  # how many levels
-                 conditioning,  # a dict or a tuple
-                ):
+    def _residual(self, theta, denoiser, x, target, n, conditioning):
         "What n calls from x are off by, at θ: the whole sampler as a function of its levels and weights."
         trial = copy.copy(self)
         times, corrections = unfold(self.noise_schedule, theta.astype(x.dtype), n)
@@ -188,7 +181,7 @@ class FewStepSampler(MultistepSampler):
         data = self.denoiser, x, target, conditioning
 
         def residual(theta, denoiser, x, target, conditioning):
-            return self.residual(theta, denoiser, x, target, n, conditioning)
+            return self._residual(theta, denoiser, x, target, n, conditioning)
 
         @jax.jit
         def linearize(theta, data):
