@@ -163,7 +163,14 @@ class FewStepSampler(MultistepSampler):
                              "encode with DDIMSampler, or with one that was not fitted")
         return super().encode(x, steps, conditioning)
 
-    def _residual(self, theta, denoiser, x, target, n, conditioning):
+    def residual(self,
+                 theta,  # (3 knots + 1,): θ
+                 denoiser,  # the sampler's own, or one like it
+                 x,  # (B, …): noise at the first level
+                 target,  # (B, …): where it should go
+                 n,  # how many levels
+                 conditioning,  # a dict or a tuple
+                ):
         "What n calls from x are off by, at θ: the whole sampler as a function of its levels and weights."
         trial = copy.copy(self)
         times, corrections = unfold(self.noise_schedule, theta.astype(x.dtype), n)
@@ -181,7 +188,7 @@ class FewStepSampler(MultistepSampler):
         data = self.denoiser, x, target, conditioning
 
         def residual(theta, denoiser, x, target, conditioning):
-            return self._residual(theta, denoiser, x, target, n, conditioning)
+            return self.residual(theta, denoiser, x, target, n, conditioning)
 
         @jax.jit
         def linearize(theta, data):
@@ -197,13 +204,7 @@ class FewStepSampler(MultistepSampler):
 
         return (lambda theta: linearize(cast(theta), data)), (lambda theta: float(cost(cast(theta), data)))
 
-    def follow(self,
-               x,  # (B, …): noise at the first level
-               conditioning=(),  # a dict or tuple of further arguments of the model, each (B, …)
-               n=400,  # network calls
-              ):
-        "Where the ODE carries x, (B, …), by `follow`."
-        return follow(self, x, conditioning, n)
+    follow = follow  # the function above, as a method
 
     def fit(self,
             x,  # (B, …): noise at the first level, a few dozen samples
