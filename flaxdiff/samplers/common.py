@@ -225,7 +225,8 @@ def draw_noise(
     shape,  # (B, H, W, C)
 ):
     "Normal noise of that standard deviation."
-    return jax.random.normal(key, shape) * std
+    noise = jax.lax.optimization_barrier(jax.random.normal(key, shape))  # rounded before it is multiplied
+    return noise * std
 
 def image_shape(
     model,  # a network, which may carry `image_shape`
