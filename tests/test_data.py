@@ -492,7 +492,7 @@ def test_data_without_images_is_refused_before_it_is_fetched(tmp_path):
 @pytest.mark.parametrize("extra", ["tensorflow_datasets", "grain"])
 def test_a_missing_extra_is_named(extra, monkeypatch):
     monkeypatch.setitem(sys.modules, extra, None)
-    with pytest.raises(ValueError, match="'oxford_flowers102' needs TensorFlow Datasets and grain: pip install 'flaxdiff\\[data\\]'"):
+    with pytest.raises(ValueError, match="'oxford_flowers102' needs TensorFlow Datasets and grain: pip install tensorflow-datasets grain pillow"):
         get_dataset("oxford_flowers102")
 
 
@@ -570,7 +570,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, pictures, folders):
 
 def test_a_folder_needs_grain_and_says_so(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(ValueError, match="needs grain: pip install 'flaxdiff\\[data\\]'"): get_dataset(f"folder:{pictures}")
+    with pytest.raises(ValueError, match="needs grain: pip install grain pillow"): get_dataset(f"folder:{pictures}")
 
 
 def test_label_names(folders):

@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from flaxdiff.exact import ExactModel, GaussianMixture
 from flaxdiff.samplers import (DDIMSampler, DEISSampler, DPMSolverPlusPlusSampler, DPMSolverSampler, EulerSampler, LMSSampler, MultiStepDPM, PLMSSampler,
                                PNDMSampler, UniPCSampler, karras_grid)
-from flaxdiff.samplers.multistep import step_weights
+from flaxdiff.samplers.multistep import MultistepSampler, step_weights
 from laws import plan_table, MIXTURE, POINT, PREDICTORS, SCHEDULES, WAVE, ZERO_SNR, Wave, exact_sampler, x64
 
 EDM, LINEAR, ZERO = SCHEDULES["EDMNoiseScheduler"], SCHEDULES["LinearNoiseSchedule"], ZERO_SNR["CosineNoiseSchedule-zero-snr"]
@@ -273,4 +273,4 @@ def test_bad_options_are_refused():
 def test_a_frame_whose_slope_is_no_prediction_is_refused():
     "In the angle or λ frame the slope is v̂: DDIM's step and a sum of differences would be of order 1, without a word."
     for frame in ("angle", "lambda", None):
-        with pytest.raises(ValueError, match="frame"): LMSSampler(WAVE, Wave.params, LINEAR, V, frame=frame)
+        with pytest.raises(ValueError, match="frame"): MultistepSampler(WAVE, Wave.params, LINEAR, V, frame=frame)

@@ -357,7 +357,7 @@ def test_new_weights_are_used_without_a_new_trace(cls):
     np.testing.assert_array_equal(first, ask())
     ask(rng=1, start_step=900, end_step=3)
     ask(rng=None, grid=karras_grid)
-    ask(num_images=None, image_size=None, channels=None, priors=np.ones(SHAPE, np.float32))
+    ask(num_images=len(np.ones(SHAPE)), image_size=None, channels=None, priors=np.ones(SHAPE, np.float32))
     sampler.params = {"w": np.float32(-0.3)}
     assert np.any(ask() != first)
     assert model.traces == traces

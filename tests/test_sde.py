@@ -127,7 +127,7 @@ def variance_by_plan(schedule, N, v=0.25):
     times = jnp.asarray(schedule.get_timesteps(u))
     sampler = EulerMaruyamaSampler(WAVE, {}, schedule, V)
     V_now, W = u[0] ** 2 + v, u ** 2 + v
-    for (alpha, kept, fresh), ut, Wt in zip(zip(*map(np.asarray, jax.jit(sampler.plan)(times))), u, W):
+    for (alpha, kept, fresh), ut, Wt in zip(zip(*map(np.asarray, jax.jit(lambda times: plan_table(sampler, times))(times))), u, W):
         slope = v / Wt + kept / alpha * ut / Wt  # x̂₀ = v y/W, ε̂ = u y/W
         V_now = slope ** 2 * V_now + (fresh / alpha) ** 2
     return V_now, W[-1], u, W
@@ -195,9 +195,9 @@ def test_langevins_stationary_law():
     sampler = exact_sampler(PredictorCorrectorSampler, schedule, V, GaussianMixture([0.0], v ** 0.5), (("snr", r),))
     a, s = rates(schedule, 0.3)
     W = a ** 2 * v + s ** 2
-    state = lambda key: type("S", (), {"get_random_key": lambda self: (state(jax.random.split(key)[0]), jax.random.split(key)[1]),
-                                       "denoise": lambda self, x, t: (v * a / W * x, s / W * x)})()
-    step = jax.jit(lambda x, key: sampler.correct(x, 0.3, state(key))[0])
+    level, ratio = sampler.level(jnp.float32(0.3)), float(schedule.alpha(0.3) / schedule.alpha(0.299))
+    state = lambda key: SamplerState(key, next_level=level, denoise=lambda x, level: (v * a / W * x, s / W * x))
+    step = jax.jit(lambda x, key: sampler.correct(x, ratio, state(key))[0])
     x = 2 * np.sqrt(W) * jax.random.normal(jax.random.PRNGKey(0), (100, D))
     for k in range(150): x = step(x, jax.random.PRNGKey(k))
     alpha_i = (a / rates(schedule, 0.299)[0]) ** 2

@@ -108,7 +108,8 @@ class Option:
 _EDM, _PP = ("edm",), ("dpm-solver++",)
 OPTIONS = {
     "order": Option(int, ("lms", "dpm-solver", "dpm-solver++", "unipc", "deis"), "order of the method"),
-    "eta": Option(float, ("ddim", "euler-ancestral"), "share of the noise that is drawn afresh, 0 to 1"),
+    "eta": Option(float, ("ddim", "euler-ancestral", "euler-maruyama", "predictor-corrector"),
+                  "share of the noise that is drawn afresh, 0 to 1"),
     "multistep": Option(bool, _PP, "look back at earlier levels, or else inside each step"),
     "stochastic": Option(bool, _PP, "solve the SDE, with fresh noise at every step"),
     "corrector": Option(bool, ("unipc",), "correct each step after the next call"),

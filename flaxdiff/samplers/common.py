@@ -42,7 +42,7 @@ class SamplerState(RandomMarkovState):
         "x_s = α_s x̂₀ + σ_s ε̂ (Song et al. 2021a, eq. 12 at η = 0): where the straight line in σ/α leads."
         return self.next_level.alpha * x0 + self.next_level.sigma * eps
 
-# %% ../../nbs/05_sampling.ipynb #71a93f58
+# %% ../../nbs/05_sampling.ipynb #9740e031
 def pair_step_forms(
     cls,  # a subclass of `Solver`
 ):
@@ -114,7 +114,7 @@ class Solver:
         "(x, level, state) for which the network is asked and the step is taken; as they came by default."
         return x, level, state
 
-# %% ../../nbs/05_sampling.ipynb #1f42615b
+# %% ../../nbs/05_sampling.ipynb #7181ccab
 def make_ask(
     sampler,  # a `DiffusionSampler`
     denoiser,  # its own, or one like it
@@ -173,7 +173,7 @@ def walk(
     (x, *_), _ = jax.lax.scan(visit, start, (numbers, levels[:-1], levels[1:], plans))
     return ask(x, levels[last + 1])[0].astype(x.dtype) if denoise_final else x
 
-# %% ../../nbs/05_sampling.ipynb #5d16e201
+# %% ../../nbs/05_sampling.ipynb #7ea044e0
 def pad_times(
     steps,  # (N,): times
 ):
@@ -231,7 +231,8 @@ def draw_noise(
     shape,  # (B, H, W, C)
 ):
     "Normal noise of that standard deviation."
-    return jax.random.normal(key, shape) * std
+    noise = jax.lax.optimization_barrier(jax.random.normal(key, shape))  # rounded before it is multiplied
+    return noise * std
 
 def image_shape(
     model,  # a network, which may carry `image_shape`
@@ -251,7 +252,7 @@ def image_shape(
         channels = known[2] if known else 3
     return (*(check_positive_int("image_size", v) for v in size), check_positive_int("channels", channels))
 
-# %% ../../nbs/05_sampling.ipynb #35d45cba
+# %% ../../nbs/05_sampling.ipynb #9decf326
 def check_priors(
     priors,  # (B, H, W, C): noisy images to start from
     num_images=None,  # what else was asked for: it must agree
@@ -396,7 +397,7 @@ class DiffusionSampler(Solver):
                              "noise, which cannot be found again") from None
 
     def generate_images(self,
-                        num_images=None,  # B; 16 by default
+                        num_images=16,  # B; where priors are given, as many as they are
                         diffusion_steps=50,  # N: noise levels; Euler calls the network once at each
                         start_step=1000,  # from: 1000 is T
                         end_step=0,  # down to
@@ -411,11 +412,12 @@ class DiffusionSampler(Solver):
         steps = self.make_steps(diffusion_steps, start_step, end_step, grid)
         noise_key, key = jax.random.split(as_key(rng))
         if priors is None:
-            batch = check_positive_int("num_images", 16 if num_images is None else num_images)
+            batch = check_positive_int("num_images", num_images)
             shape = batch, *image_shape(self.model, image_size, channels)
             priors = self.draw_noise(noise_key, prior_std(self.noise_schedule, steps[0]), shape=shape)
         else:
-            priors = check_priors(priors, num_images, image_size, channels)
+            asked = None if num_images == 16 else num_images  # the default asks for nothing
+            priors = check_priors(priors, asked, image_size, channels)
         images, lost = self.finish_images(self.run(priors, steps, key, conditioning, True))
         warn_of_lost_images(lost, len(images), self.params)
         return images

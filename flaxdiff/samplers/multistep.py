@@ -141,7 +141,7 @@ class LMSSampler(MultistepSampler):
     def __init__(self, *args,
                  order: int = 4,  # how many slopes
                  **kwargs):
-        super().__init__(*args, order=order, **kwargs)
+        super().__init__(*args, order=order, frame="sigma", **kwargs)
 
 # %% ../../nbs/19_multistep.ipynb #591988ed
 class StartedSampler(MultistepSampler):
