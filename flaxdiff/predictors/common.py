@@ -18,14 +18,15 @@ from ..utils import check_shape
 def check_rates(
     alpha: Any,  # α: a number, or an array with as many axes as the data
     sigma: Any,  # σ: the same
-    **arrays: Any,  # name -> data, floating point, all of one shape
+    **arrays: Any,  # name -> data, floating point, all of one shape; or single numbers beside them
 ) -> None:
     "A `ValueError` unless the data are floats of one shape, and α and σ multiply them without changing it."
-    shape = jnp.shape(next(iter(arrays.values())))
+    shape = next((jnp.shape(array) for array in arrays.values() if jnp.ndim(array)), ())
     for name, array in arrays.items():
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(f"{name} must be floating point, got {jnp.result_type(array)}")
-        check_shape(name, array, shape)
+        if jnp.ndim(array):
+            check_shape(name, array, shape)
     for name, rate in (("alpha", alpha), ("sigma", sigma)):
         axes = jnp.shape(rate)
         if axes and (len(axes) != len(shape) or any(n not in (1, due) for n, due in zip(axes, shape))):
