@@ -29,7 +29,8 @@ def check_rates(
             check_shape(name, array, shape)
     for name, rate in (("alpha", alpha), ("sigma", sigma)):
         axes = jnp.shape(rate)
-        if axes and shape and (len(axes) != len(shape) or any(n not in (1, due) for n, due in zip(axes, shape))):
+        fits = len(axes) == len(shape) and all(n in (1, due) for n, due in zip(axes, shape))
+        if axes and shape and not fits:
             raise ValueError(f"{name} must be one number or fit {shape} axis by axis, got {axes}")
 
 # %% ../../nbs/03_predictors.ipynb #1decd559

@@ -95,7 +95,7 @@ class DPMSolverSampler(SingleStepSampler):
     def __init__(self, *args,
                  order: int = 2,  # 1, 2 or 3
                  **kwargs):
-        super().__init__(*args, order=order, frame=NoiseFrame(), eta=0.0, s_noise=1.0, **kwargs)  # the ODE's
+        super().__init__(*args, order=order, frame=NoiseFrame(), eta=0.0, s_noise=1.0, **kwargs)  # an ODE's
 
 # %% ../../nbs/20_dpm_solver.ipynb #a1c1cc4e
 class DPMSolverPlusPlusSampler(MultistepSampler):
