@@ -103,8 +103,6 @@ def matmul_of_rows(
     "`lax.dot_general` for `nn.Dense`, with x as one matrix: so XLA makes one product of its gradient, too."
     return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options).reshape(*x.shape[:-1], -1)
 
-_rows = matmul_of_rows  # its former name
-
 # %% ../../nbs/22_layers.ipynb #709d565e
 class ResidualBlock(nn.Module):
     "Norm, swish, convolve; then scaled and shifted by the time; norm, swish, convolve; added to the input."
