@@ -135,7 +135,7 @@ IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E
 def read_idx(
     path,  # of a file in IDX format, gzipped or not
 ) -> np.ndarray:
-    "The array in an IDX file (LeCun, Cortes & Burges 1998); a `ValueError` for what is none, or is cut short."
+    "The array in an IDX file (LeCun, Cortes & Burges 1998); a `ValueError` for any other, or one cut short."
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     try:

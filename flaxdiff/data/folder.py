@@ -28,7 +28,7 @@ def walk_files(
     folder,  # where to look
     above=(),  # the folders that led here, their links resolved
 ):
-    "(path, None) of each file below a folder, or (path, why it is left out); links are followed, in no circle."
+    "(path, None) of each file below a folder, or (path, why it is left out); follows links, in no circle."
     real = os.path.realpath(folder)
     if real in above:
         yield folder, "links back to a folder above"
@@ -197,6 +197,7 @@ def stack_examples(
     "One array of them all, with a new first axis; strings as an array of Python objects."
     return np.array(leaves, object) if isinstance(leaves[0], str) else np.stack(leaves)
 
+# %% ../../nbs/25_folders.ipynb #438cad83
 class FileBatches:
     "Batch n of a source as a function of n alone: (this host's rows of it, {index: why} of the damaged)."
     def __init__(self,
@@ -249,7 +250,7 @@ class FileBatches:
 def reading_threads(
     batch_bytes=0,  # of one batch
 ) -> int:
-    "One a core that this process may use; fewer where what they keep ready would fill a quarter of the memory."
+    "One a core of this process; fewer where what they keep ready would fill a quarter of the memory."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = machine_memory()
     if memory is None or not batch_bytes:
@@ -264,7 +265,7 @@ class FileStream(EndlessLine):
                  transform,  # an example of `source` -> an image, or {image, label, text}
                  batch_size,  # B, of all hosts together
                  seed=0,  # of the order, from 0 to 2³² - 1
-                 threads=None,  # batches made at the same time, twice as many kept ready; one a core by default
+                 threads=None,  # batches made at the same time; twice as many are kept ready; one a core
                  host=None,  # this host, from 0; this process of JAX's by default
                  hosts=None,  # H; as many as JAX has processes by default
                  max_damaged=None,  # stop when this host has met more; by default 1 % of all, at least 10
@@ -283,7 +284,8 @@ class FileStream(EndlessLine):
         self.damaged = {}
         self.reasons = {}  # {index: why} of the damaged
         order = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        batches = FileBatches(source, transform, order, self.batch_size, self.rows, self.max_damaged, self.seed)
+        batches = FileBatches(source, transform, order, self.batch_size, self.rows,
+                              self.max_damaged, self.seed)
         self.threads = reading_threads() if threads is None else check_positive_int("threads", threads)
         reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
         self.batches = iter(grain.MapDataset.source(batches).to_iter_dataset(reading))

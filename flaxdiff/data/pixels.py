@@ -8,6 +8,7 @@ __all__ = ['MAX_PIXELS', 'TURNS', 'DEEP', 'LUMINANCE', 'open_picture', 'upright'
 
 # %% ../../nbs/46_pixels.ipynb #69c7f2ca
 import io
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor
@@ -180,7 +181,7 @@ class PrepareImage:
         image = square_image(picture, box, self.image_scale, self.channels, self.background)
         if not self.with_labels and not self.with_text:
             return image
-        prepared = {"image": image}
+        prepared: dict[str, Any] = {"image": image}
         if self.with_labels:
             prepared["label"] = np.int32(example["label"])
         if self.with_text:

@@ -19,7 +19,7 @@ class DevicePrefetch:
     def __init__(self,
                  data,  # an iterator
                  ahead=2,  # batches under way
-                 place=None,  # a device, a sharding, or a function that sends a batch; the default device by default
+                 place=None,  # a device, a sharding, or a function that sends a batch; JAX's default device
                 ):
         self.data = data
         self.ahead = check_positive_int("ahead", ahead)

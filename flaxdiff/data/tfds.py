@@ -143,7 +143,7 @@ def get_dataset(
     channels=None,  # 1 to 4 (2 and 4 with opacity); by default 1 for the digits, as stored for arrays, else 3
     seed=0,  # of the order
     labels=False,  # batches as {"image", "label"} instead of bare images; `data.label_names` names them
-    split="all",  # a TFDS split such as "train[:10%]", or a part of MNIST's files or of a table; all by default
+    split="all",  # a TFDS split such as "train[:10%]", or a part of MNIST's files or a table; all by default
     data_dir=None,  # the folder of TFDS's data sets; its own by default
     captions=False,  # batches as {"image", "text"}, of a folder or a table
     host=None,  # this host, from 0, which reads its own rows of each batch; this process of JAX's by default
@@ -226,9 +226,9 @@ def check_source(
     if kind in why and split != "all":
         raise ValueError(f"split must be 'all' for {why[kind]}, got {split!r}")
     if check_flag("captions", captions) and kind not in ("folder", "hf"):
-        raise ValueError(f"captions must be False for name={name!r}: only 'folder:PATH' and 'hf:PATH' have captions")
+        raise ValueError(f"captions must be False for name={name!r}: only 'folder:PATH' and 'hf:PATH' have them")
     if check_choice("crop", crop, ("centre", "random")) == "random" and kind in ("digits", "npz", "idx"):
-        raise ValueError(f"crop must be 'centre' for name={name!r}: random squares are drawn from picture files only")
+        raise ValueError(f"crop must be 'centre' for name={name!r}: only picture files are cut at random places")
     if isinstance(columns, str) or columns and kind != "npz":
         raise ValueError(f"columns must be names of arrays in an 'npz:PATH', a tuple, got {columns!r} "
                          f"for name={name!r}")
