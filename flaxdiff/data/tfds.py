@@ -226,9 +226,11 @@ def check_source(
     if kind in why and split != "all":
         raise ValueError(f"split must be 'all' for {why[kind]}, got {split!r}")
     if check_flag("captions", captions) and kind not in ("folder", "hf"):
-        raise ValueError(f"captions must be False for name={name!r}: only 'folder:PATH' and 'hf:PATH' have them")
+        raise ValueError(f"captions must be False for name={name!r}: "
+                         "only 'folder:PATH' and 'hf:PATH' have captions")
     if check_choice("crop", crop, ("centre", "random")) == "random" and kind in ("digits", "npz", "idx"):
-        raise ValueError(f"crop must be 'centre' for name={name!r}: only picture files are cut at random places")
+        raise ValueError(f"crop must be 'centre' for name={name!r}: "
+                         "only picture files are cut at random places")
     if isinstance(columns, str) or columns and kind != "npz":
         raise ValueError(f"columns must be names of arrays in an 'npz:PATH', a tuple, got {columns!r} "
                          f"for name={name!r}")
