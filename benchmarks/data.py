@@ -23,9 +23,11 @@ import PIL
 from PIL import Image
 from sklearn import datasets
 
-from flaxdiff.data import augment_image, get_dataset, prefetch_to_device
+from flaxdiff.data import ImageStream, augment_image, get_dataset, prefetch_to_device
+from flaxdiff.data.folder import reading_threads
 
-PICTURES, THREADS = 512, 8  # files on disk; threads of a stream by default
+PICTURES = 512  # files on disk
+THREADS = reading_threads()  # of a stream by default: one a core
 DEMO = 128 * 8  # images a second: its batch times the steps a second of two CPU cores
 RECIPE = """
 import sys, pathlib, tensorflow_datasets as tfds
@@ -77,6 +79,8 @@ def main(windows, B):
     in_memory = report("digits, 8×8", rates(lambda: next(digits), B, windows, 200, 20))
     ahead = prefetch_to_device(get_dataset("digits", B)[0])
     report("digits, 8×8, on the device", rates(lambda: jax.block_until_ready(next(ahead)), B, windows, 200, 20))
+    million = ImageStream(np.arange(1_280_000), None, B)  # numbers for images: what the order costs by itself
+    report("numbers, 1,280,000 examples", rates(lambda: next(million), B, windows, 200, 20))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_pictures(folder)

@@ -1,13 +1,18 @@
 """The streams of `get_dataset`: the digits, folders and TensorFlow Datasets image sets that the tests write to disk themselves; prefetching, augmentation."""
 import functools
+import gzip
 import importlib.util
+import io
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import types
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,8 @@ import pytest
 from PIL import Image
 from sklearn import datasets
 
-from flaxdiff.data import stream
+from flaxdiff.data import arrays, stream
+from flaxdiff.data import folder as folder_module
 from flaxdiff.data import tfds as module
 from flaxdiff.data import (FileStream, ImageFolder, ImageStream, PrepareImage, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
                            draw_augmentation, get_dataset, load_digits, prefetch_to_device, warp_image)
@@ -188,7 +194,7 @@ def test_images_are_float32_in_range_and_labels_int32(opened):
 
 @pytest.mark.parametrize("name", ["digits", "tiny_pictures"])
 @pytest.mark.parametrize("bad, word", [
-    (dict(image_scale=0), "image_scale"), (dict(image_scale=8.5), "image_scale"), (dict(channels=2), "channels"), (dict(channels=True), "channels"),
+    (dict(image_scale=0), "image_scale"), (dict(image_scale=8.5), "image_scale"), (dict(channels=5), "channels"), (dict(channels=True), "channels"),
     (dict(batch_size=0), "batch_size"), (dict(batch_size=2.0), "batch_size"), (dict(seed=-1), "seed"), (dict(seed=None), "seed"),
     (dict(split="valid"), "split"), (dict(split=3), "split"), (dict(split=None), "split")])
 def test_bad_arguments_are_named(name, bad, word, folders):
@@ -216,7 +222,7 @@ def test_the_parts_check_their_flags_and_numbers_too(pictures):
     for words, make in (("with_labels must be True or False", lambda: ImageStream(images, np.zeros(3), 1, with_labels="no")),
                         ("with_labels must be True or False", lambda: PrepareImage(8, 3, with_labels="no")),
                         ("with_text must be True or False", lambda: PrepareImage(8, 3, with_text="no")),
-                        ("image_scale must", lambda: PrepareImage(np.nan, 3)), ("channels must", lambda: PrepareImage(8, 2)),
+                        ("image_scale must", lambda: PrepareImage(np.nan, 3)), ("channels must", lambda: PrepareImage(8, 5)),
                         ("labels must be True or False", lambda: ImageFolder(pictures, labels="no")),
                         ("captions must be True or False", lambda: ImageFolder(pictures, captions="no")),
                         ("labels must be True or False", lambda: module.find_tfds("tiny_pictures", labels="no")),
@@ -880,3 +886,499 @@ def test_every_name_of_the_one_module_is_still_there():
     assert flaxdiff.get_dataset is get_dataset
     again = pickle.loads(pickle.dumps(PrepareImage(8, 1, True)))  # what readers in other processes would be given
     assert again.image_scale == 8 and again.with_labels
+
+
+# ---- right pixels
+
+def in_file(picture, kind="png", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return {"image": file.getvalue()}
+
+
+def in_bytes(image): return (np.asarray(image, np.float64) + 1) * 127.5
+
+
+@pytest.mark.parametrize("kind, dtype", [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2"), ("ppm", "<u2"), ("tiff", "<i4")])
+def test_sixteen_bits_run_from_black_to_white(kind, dtype):
+    ramp = np.arange(65536).reshape(256, 256)
+    picture = Image.fromarray(ramp.astype("<i4" if dtype == "<i4" else "<u2"))
+    if dtype == ">u2": picture = Image.frombytes("I;16B", (256, 256), ramp.astype(dtype).tobytes())
+    for channels in (1, 3):
+        image = PrepareImage(256, channels)(in_file(picture, kind))
+        assert image.dtype == np.float32 and image.shape == (256, 256, channels) and image.min() == -1 and image.max() == 1
+        assert abs(image - (ramp / 32767.5 - 1)[..., None]).max() < 1e-6
+    small = PrepareImage(16, 1)(in_file(picture, kind))  # resized at full depth
+    assert len(np.unique(small)) == 256 and abs(small.max() - 15 / 16) < 0.002 and abs(small.min() + 15 / 16) < 0.002
+
+
+def test_greys_whose_white_is_not_known_are_refused_not_cut():
+    for values in (np.full((4, 4), 70_000, np.int32), np.full((4, 4), -1, np.int32), np.full((4, 4), 1.5, np.float32), np.full((4, 4), np.nan, np.float32)):
+        with pytest.raises(ValueError, match="grey values from .* can be read"): PrepareImage(4, 1)(in_file(Image.fromarray(values), "tiff"))
+    assert np.allclose(PrepareImage(4, 1)(in_file(Image.fromarray(np.full((4, 4), 0.25, np.float32)), "tiff")), -0.5)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_orientation_comes_out_upright(kind, number):
+    pixels = np.zeros((48, 32, 3), np.uint8)  # of four colours, and no symmetry
+    pixels[:24, :16], pixels[:24, 16:], pixels[24:, :16], pixels[24:, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), (120, 120, 120)
+    # what the camera's sensor saw, by the table of the EXIF standard: where row 0 and column 0 of the file belong
+    file = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1), 6: np.rot90(pixels), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels, -1)}[number]
+    note = Image.Exif()
+    note[274] = number
+    options = {"exif": note, **({"quality": 100, "subsampling": 0} if kind == "jpeg" else {"lossless": True} if kind == "webp" else {})}
+    image = in_bytes(PrepareImage(32, 3)(in_file(Image.fromarray(np.ascontiguousarray(file)), kind, **options)))
+    for (row, column), colour in {(4, 4): (250, 0, 0), (4, 28): (0, 250, 0), (28, 4): (0, 0, 250), (28, 28): (120, 120, 120)}.items():
+        assert abs(image[row, column] - colour).max() < 4
+
+
+def test_exif_data_that_cannot_be_read_turn_nothing():
+    picture = Image.new("RGB", (8, 8), (10, 20, 30))
+    assert np.array_equal(PrepareImage(8, 3)(in_file(picture, exif=b"Exif\0\0nonsense")), PrepareImage(8, 3)(in_file(picture)))
+
+
+def test_transparent_pixels_show_the_background():
+    hidden = Image.new("RGBA", (6, 6), (0, 255, 0, 0))
+    half = Image.new("RGBA", (6, 6), (200, 100, 50, 128))
+    assert np.array_equal(PrepareImage(6, 3)(in_file(hidden)), np.ones((6, 6, 3)))
+    assert abs(in_bytes(PrepareImage(6, 3)(in_file(half))) - (227.39, 177.20, 152.10)).max() < 0.01
+    assert abs(in_bytes(PrepareImage(6, 1)(in_file(half))) - np.dot((227.39, 177.20, 152.10), (0.299, 0.587, 0.114))).max() < 0.01
+    for background, colour in (("black", (0, 0, 0)), ("#ff0000", (255, 0, 0)), ((10, 20, 30), (10, 20, 30))):
+        seen = in_bytes(PrepareImage(6, 3, background=background)(in_file(half)))
+        assert abs(seen - (np.array([200, 100, 50]) * 128 + np.array(colour) * 127) / 255).max() < 0.01
+        assert abs(in_bytes(PrepareImage(6, 3, background=background)(in_file(hidden))) - colour).max() < 0.01
+    grey = in_bytes(PrepareImage(6, 1)(in_file(Image.new("LA", (6, 6), (40, 102)))))
+    assert abs(grey - (40 * 102 + 255 * 153) / 255).max() < 0.01
+
+
+def test_transparency_in_palettes_and_keys():
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    for kind in ("png", "gif"):
+        seen = in_bytes(PrepareImage(2, 3)(in_file(palette, kind, transparency=1)))
+        assert abs(seen - [[red, white], [white, red]]).max() < 0.01
+        assert abs(in_bytes(PrepareImage(2, 3)(in_file(palette, kind))) - [[red, blue], [blue, red]]).max() < 0.01
+    faint = in_bytes(PrepareImage(2, 3)(in_file(palette, transparency=bytes([255, 51]))))
+    assert abs(faint[0, 1] - (204, 204, 255)).max() < 0.01
+    for picture, key in ((Image.new("RGB", (2, 2), (7, 8, 9)), (7, 8, 9)), (Image.new("L", (2, 2), 7), 7), (Image.fromarray(np.full((2, 2), 700, np.uint16)), 700)):
+        assert (PrepareImage(2, 3)(in_file(picture, transparency=key)) == 1).all()
+
+
+def test_a_border_shows_nothing_of_what_is_hidden():
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[:, :, 1] = 255  # green everywhere, and nothing of it to be seen
+    pixels[:, :32] = (255, 0, 0, 255)
+    image = in_bytes(PrepareImage(9, 3)(in_file(Image.fromarray(pixels))))
+    assert abs(image[..., 1] - image[..., 2]).max() < 0.01 and image[..., 0].min() > 254.9
+
+
+def test_other_colour_spaces():
+    photograph = Image.fromarray(datasets.load_sample_images().images[1]).resize((40, 40))
+    due = in_bytes(PrepareImage(40, 3)(in_file(photograph)))
+    assert abs(in_bytes(PrepareImage(40, 3)(in_file(photograph.convert("CMYK"), "tiff"))) - due).max() < 2
+    grey = in_bytes(PrepareImage(40, 1)(in_file(photograph)))
+    for mode in ("CMYK", "LAB"):
+        assert abs(in_bytes(PrepareImage(40, 1)(in_file(photograph.convert(mode) if mode == "CMYK" else to_lab(photograph), "tiff"))) - grey).mean() < 3, mode
+    assert abs(in_bytes(PrepareImage(40, 3)(in_file(to_lab(photograph), "tiff"))) - due).mean() < 6
+    assert abs(in_bytes(PrepareImage(40, 3)(in_file(photograph.convert("CMYK"), "jpeg", quality=100))) - due).mean() < 4
+    bits = np.random.default_rng(0).random((8, 8)) < 0.5
+    for channels in (1, 3): assert np.array_equal(PrepareImage(8, channels)(in_file(Image.fromarray(bits))), np.repeat(np.where(bits, 1, -1)[..., None], channels, -1))
+
+
+def to_lab(picture):
+    from PIL import ImageCms
+    return ImageCms.applyTransform(picture, ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"))
+
+
+def test_opaque_bytes_are_read_as_they_always_were():
+    "The same bits as of the first release: runs on photographs go on."
+    picture = Image.fromarray(datasets.load_sample_images().images[0])
+    for kind in ("jpeg", "png", "webp"):
+        for channels, mode in ((1, "L"), (3, "RGB")):
+            file = in_file(picture, kind)
+            old = np.asarray(stream.middle_square(Image.open(io.BytesIO(file["image"])).convert(mode), 64), np.float32).reshape(64, 64, channels) / 127.5 - 1
+            assert np.array_equal(PrepareImage(64, channels)(file), old)
+
+
+def test_one_to_four_channels(tmp_path):
+    half, opaque = Image.new("RGBA", (6, 6), (200, 100, 50, 128)), Image.new("RGB", (6, 6), (200, 100, 50))
+    luminance = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
+    for picture, opacity in ((half, 128), (opaque, 255)):
+        assert abs(in_bytes(PrepareImage(6, 4)(in_file(picture))) - (200, 100, 50, opacity)).max() < 0.02
+        assert abs(in_bytes(PrepareImage(6, 2)(in_file(picture))) - (luminance, opacity)).max() < 0.02
+    assert abs(in_bytes(PrepareImage(6, 4)(in_file(Image.new("RGBA", (6, 6), (0, 255, 0, 0))))) - (255, 255, 255, 0)).max() < 0.02  # nothing hidden is kept
+    half.save(tmp_path / "a.png")
+    for channels in (1, 2, 3, 4): assert next(get_dataset(f"folder:{tmp_path}", 2, 4, channels)[0]).shape == (2, 4, 4, channels)
+    with pytest.raises(ValueError, match="^channels must be one of 1, 3, got 4"): get_dataset("digits", channels=4)
+
+
+@pytest.mark.parametrize("bad", ["no such colour", (1, 2), (1, 2, 300), (0, 0, np.nan), 5, None, "#ff000080"])
+def test_a_background_is_a_colour(bad):
+    with pytest.raises(ValueError, match="^background must be a colour's name"): PrepareImage(8, 3, background=bad)
+
+
+def claim(width, height):
+    "A PNG of a few bytes whose header claims another size."
+    head = in_file(Image.new("L", (1, 1)))["image"]
+    chunk = head[12:16] + width.to_bytes(4, "big") + height.to_bytes(4, "big") + head[24:29]
+    return head[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + head[33:]
+
+
+def test_a_decompression_bomb_is_refused_and_counted(tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    for limit in (Image.MAX_IMAGE_PIXELS, None):  # None: another library has turned Pillow's own guard off
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match="^a decompression bomb"): PrepareImage(8, 3)({"image": claim(60_000, 60_000)})
+    for i in range(4): save_picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "bomb.png").write_bytes(claim(60_000, 60_000))
+    data = get_dataset(f"folder:{tmp_path}", 5, 8)[0]
+    next(data)
+    assert list(data.damaged.values()) == ["bomb.png"] and all("decompression bomb" in why for why in data.reasons.values())
+    with pytest.raises(ValueError, match="max_damaged is 0: bomb.png .*decompression bomb"): take(get_dataset(f"folder:{tmp_path}", 5, 8, max_damaged=0)[0], 2)
+
+
+# ---- squares at random places
+
+def test_random_squares_depend_on_seed_epoch_and_example_alone(tmp_path):
+    pytest.importorskip("grain")
+    for i in range(6):
+        ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None] + 40, (20, 200, 3)).copy()
+        ramp[..., 1] = 10 * i
+        Image.fromarray(ramp if i % 2 else ramp.swapaxes(0, 1)).save(tmp_path / f"{i}.png")
+    def open(**rest): return get_dataset(f"folder:{tmp_path}", **{"batch_size": 6, "image_scale": 20, "crop": "random", "seed": 3, **rest})[0]
+    def place(batch): return {round(float(in_bytes(image[..., 1]).mean())) // 10: float(in_bytes(image[..., 0]).min()) for image in batch}
+    epochs = [place(next(data)) for data in [open()] for _ in range(30)]
+    assert all(set(epoch) == set(range(6)) for epoch in epochs)
+    lefts = np.array([[epoch[i] - 40 for i in range(6)] for epoch in epochs])
+    assert lefts.min() < 20 and lefts.max() > 160 and abs(lefts.mean() - 90) < 4.5 * 52.5 / np.sqrt(lefts.size)  # uniform on 0…180
+    again, hosts = open(threads=1), [open(host=h, hosts=3) for h in range(3)]
+    again.set_state({**again.get_state(), "position": 6 * 7})
+    for host in hosts: host.set_state(again.get_state())
+    assert place(next(again)) == epochs[7] == place(np.concatenate([next(host) for host in hosts]))
+    cut = open(batch_size=4)  # however the line is cut
+    assert place(np.concatenate(take(cut, 3))[:6]) == epochs[0] and place(next(open(seed=4))) != epochs[0]
+    with pytest.raises(ValueError, match="^crop must be one of centre, random"): open(crop="middle")
+    for name in ("digits",):
+        with pytest.raises(ValueError, match="^crop must be 'centre'"): get_dataset(name, crop="random")
+    with pytest.raises(ValueError, match="^rng must"): PrepareImage(8, 3, crop="random")(in_file(Image.new("L", (8, 9))))
+
+
+# ---- everything in a folder is read or counted
+
+def test_every_ending_that_pillow_reads(tmp_path):
+    pytest.importorskip("grain")
+    known = Image.registered_extensions()
+    endings = [e for e in (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".TIFF", ".ppm") if e.lower() in known]
+    for i, ending in enumerate(endings): Image.new("RGB", (9, 9), (20 * i, 100, 50)).save(tmp_path / f"{i:02d}{ending}", known[ending.lower()], **({"lossless": True} if ending == ".webp" else {}))
+    assert len(ImageFolder(tmp_path)) == len(endings) >= 11
+    data = get_dataset(f"folder:{tmp_path}", len(endings), 8)[0]
+    assert sorted(round(float(in_bytes(image[..., 0]).mean()) / 20) for image in next(data)) == list(range(len(endings))) and not data.damaged
+
+
+def test_linked_folders_are_followed_and_no_circle_is_walked(tmp_path):
+    d, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    for i in range(3): save_picture(elsewhere / "deep" / f"{i}.png", i)
+    save_picture(d / "dogs" / "7.png", 7)
+    (d / "cats").symlink_to(elsewhere)
+    (d / "dogs" / "round").symlink_to(d)
+    (elsewhere / "deep" / "also").symlink_to(elsewhere)
+    (d / "dogs" / "broken.png").symlink_to(tmp_path / "nothing")
+    (d / "dogs" / "self").symlink_to(d / "dogs" / "self")
+    (d / "dogs" / "linked.png").symlink_to(elsewhere / "deep" / "1.png")
+    folder = ImageFolder(d, labels=True)
+    assert folder.files == ["cats/deep/0.png", "cats/deep/1.png", "cats/deep/2.png", "dogs/7.png", "dogs/linked.png"] and folder.label_names == ["cats", "dogs"]
+    assert folder.left_out == {"links back to a folder above": 2, "links that lead nowhere and what is no file": 2}
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path, caplog):
+    for i in range(3): save_picture(tmp_path / "a" / f"{i}.png", i, captions=True)
+    for name in ("a/x.heic", "a/y.HEIC", "a/README", ".hidden", ".git/config", "a/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    folder = ImageFolder(tmp_path, captions=True)
+    assert folder.left_out == {"*.heic": 2, "*.md": 1, "files without an ending": 1, "hidden": 2}
+    assert caplog.messages == [f"{tmp_path}: 3 pictures; left out: 2 (*.heic), 1 (*.md), 1 (files without an ending), 2 (hidden)"]
+    assert ImageFolder(tmp_path).left_out["*.txt"] == 3  # captions that nobody asked for
+    caplog.clear()
+    quiet = tmp_path / "b"
+    save_picture(quiet / "1.png", 1)
+    (quiet / ".DS_Store").write_text("")
+    assert ImageFolder(quiet).left_out == {"hidden": 1} and not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# ---- arrays
+
+def write_idx(path, array):
+    code = {"u1": 8, "i1": 9, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}[array.dtype.str[1:]]
+    stored = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(array.dtype.newbyteorder(">")).tobytes()
+    path.write_bytes(gzip.compress(stored) if path.suffix == ".gz" else stored)
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (23, 6, 6), dtype=np.uint8)
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    write_idx(folder / "train-images-idx3-ubyte.gz", PIXELS[:15])
+    write_idx(folder / "train-labels-idx1-ubyte", np.arange(15, dtype=np.uint8))
+    write_idx(folder / "t10k-images-idx3-ubyte", PIXELS[15:])
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.arange(15, 23, dtype=np.uint8))
+    return folder
+
+
+def test_idx_files_of_every_type(tmp_path):
+    for kind in ("u1", "i1", "i2", "i4", "f4", "f8"):
+        array = np.arange(-6 if kind != "u1" else 0, 18 if kind == "u1" else 12).astype(kind)[:18].reshape(2, 3, 3)
+        for name in ("a", "a.gz"):
+            write_idx(tmp_path / name, array)
+            assert np.array_equal(arrays.read_idx(tmp_path / name), array)
+    write_idx(tmp_path / "b", PIXELS)
+    whole = (tmp_path / "b").read_bytes()
+    for broken in (whole[:-1], whole + b"x", whole[:3], b"\0\0\x08\x03\0\0", b"PNG" + whole, b"", gzip.compress(whole)[:-30], b"\x1f\x8bnonsense"):
+        (tmp_path / "b").write_bytes(broken)
+        with pytest.raises(ValueError, match="is damaged|is no IDX file"): arrays.read_idx(tmp_path / "b")
+    (tmp_path / "b").write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 2 ** 31, 2 ** 15, 2 ** 15))  # a bomb: 2 EB
+    with pytest.raises(ValueError, match="would take .* GB of memory"): arrays.read_idx(tmp_path / "b")
+
+
+def test_a_folder_in_mnists_format(mnist):
+    data, count = get_dataset(f"idx:{mnist}", 23, labels=True)
+    batch = next(data)
+    assert count == 23 and batch["image"].shape == (23, 6, 6, 1) and batch["image"].dtype == np.float32 and batch["label"].dtype == np.int32
+    assert sorted(batch["label"]) == list(range(23)) and data.label_names == [str(i) for i in range(23)]
+    assert np.array_equal(batch["image"], (PIXELS / np.float32(127.5) - 1)[batch["label"]][..., None])
+    for split, due in (("train", range(15)), ("test", range(15, 23))): assert set(next(get_dataset(f"idx:{mnist}", 23, labels=True, split=split)[0])["label"]) == set(due)
+    (mnist / "label_names.txt").write_text("\n".join(f"thing {i}" for i in range(23)) + "\n")
+    assert get_dataset(f"idx:{mnist}", labels=True)[0].label_names[3] == "thing 3"
+    assert next(get_dataset(f"idx:{mnist}", 4, 12, 3)[0]).shape == (4, 12, 12, 3)
+    with pytest.raises(ValueError, match="^split must be"): get_dataset(f"idx:{mnist}", split="validation")
+    (mnist / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match="labels=True needs a file of labels beside .*t10k"): get_dataset(f"idx:{mnist}", labels=True)
+    write_idx(mnist / "emnist-train-images-idx3-ubyte", PIXELS)
+    with pytest.raises(ValueError, match="holds several sets"): get_dataset(f"idx:{mnist}")
+    for name, word in ((f"idx:{mnist / 'none'}", "must name a folder"), ("idx:", "must name a folder"), (f"idx:{mnist.parent}", "holds no file")):
+        with pytest.raises(ValueError, match=word): get_dataset(name)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "float32", "float64", "float16"])
+def test_npz_images_of_every_type(tmp_path, dtype):
+    unit = np.linspace(0, 1, 5 * 4 * 4 * 3).reshape(5, 4, 4, 3)
+    white = {"bool": 1, "uint8": 255, "uint16": 65535}.get(dtype)
+    stored = np.round(unit * white).astype(dtype) if white else (unit * 2 - 1).astype(dtype)
+    np.savez(tmp_path / "a.npz", image=stored, label=np.arange(5))
+    batch = next(get_dataset(f"npz:{tmp_path}/a.npz", 5, labels=True)[0])
+    due = (stored.astype(np.float64) / white * 2 - 1 if white else stored)[batch["label"]]
+    assert batch["image"].dtype == np.float32 and abs(batch["image"] - due).max() < 1e-6 and batch["image"].min() == -1 and batch["image"].max() == 1
+    assert next(get_dataset(f"npz:{tmp_path}/a.npz", 2, 8, 1)[0]).shape == (2, 8, 8, 1)
+
+
+def test_npz_columns_are_conditions_and_names_are_kept(tmp_path):
+    path, pose = tmp_path / "a.npz", np.arange(46, dtype=np.float32).reshape(23, 2)
+    np.savez_compressed(path, images=PIXELS, labels=np.arange(23) % 3, label_names=["a", "b", "c"], pose=pose, short=np.zeros(4))
+    data, count = get_dataset(f"npz:{path}", 7, labels=True, columns=("pose",))
+    batch = next(data)
+    order = np.random.default_rng((0, 0)).permutation(23)[:7]
+    assert count == 23 and list(batch) == ["image", "label", "pose"] and data.label_names == ["a", "b", "c"]
+    assert np.array_equal(batch["pose"], pose[order]) and np.array_equal(batch["label"], order % 3) and np.array_equal(batch["image"][..., 0], PIXELS[order] / np.float32(127.5) - 1)
+    assert list(next(get_dataset(f"npz:{path}", 7, columns=["pose"])[0])) == ["image", "pose"] and isinstance(next(get_dataset(f"npz:{path}", 7)[0]), np.ndarray)
+    for bad, word in ((dict(columns=("nose",)), "must hold an array named nose; it holds images, labels"), (dict(columns=("short",)), "short.* must be one for each of the 23 images"),
+                      (dict(columns="pose"), "^columns must be names"), (dict(split="train"), "^split must be 'all'"), (dict(captions=True), "^captions must be False"),
+                      (dict(crop="random"), "^crop must be 'centre'"), (dict(data_dir="x"), "^data_dir must be None"), (dict(batch_size=10 ** 12), "^batch_size.* must be smaller")):
+        with pytest.raises(ValueError, match=word): get_dataset(f"npz:{path}", **bad)
+    with pytest.raises(ValueError, match="^columns must"): get_dataset("digits", columns=("pose",))
+
+
+def test_npz_files_that_are_not_what_they_should_be(tmp_path):
+    path, ok = tmp_path / "a.npz", PIXELS / np.float32(127.5) - 1
+    cases = [(dict(x=ok), "must hold an array named image; it holds x"), (dict(image=ok[0, 0]), "must have shape"), (dict(image=np.zeros((2, 4, 4, 5), np.uint8)), "must have shape"),
+             (dict(image=PIXELS / 255), "must lie in \\[-1, 1\\] and be negative somewhere.* 2 - 1"), (dict(image=PIXELS * 1.0), "must lie in"), (dict(image=np.where(PIXELS > 3, np.nan, ok)), "must lie in"),
+             (dict(image=PIXELS.astype(int)), "must be bytes, 16-bit numbers or floats"), (dict(image=ok, label=np.zeros(3, int)), "labels must be 23 whole numbers"),
+             (dict(image=ok, label=np.zeros(23)), "labels must be 23"), (dict(image=ok, label=-np.ones(23, int)), "labels must be 23"), (dict(image=ok), "labels=True needs labels"),
+             (dict(image=np.zeros((0, 4, 4), np.uint8)), "must have shape")]
+    for held, word in cases:
+        np.savez(path, **held)
+        with pytest.raises(ValueError, match=word): get_dataset(f"npz:{path}", labels=True)
+    np.savez(path, image=np.array([{}], object))
+    with pytest.raises(ValueError, match="pickle"): get_dataset(f"npz:{path}")
+    np.savez(path, image=PIXELS)
+    for broken in (path.read_bytes()[:-60], b"no zip", b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="is no .npz file, or a damaged one"): get_dataset(f"npz:{path}")
+    for name in ("npz:", f"npz:{tmp_path}", f"npz:{tmp_path}/none.npz"):
+        with pytest.raises(ValueError, match="must name a file"): get_dataset(name)
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez(tmp_path / "a.npz", image=PIXELS)
+    write_idx(tmp_path / "train-images-idx3-ubyte", PIXELS)
+    save_picture(tmp_path / "p" / "1.png", 1)
+    for name, count in (("npz:~/a.npz", 23), ("idx:~", 23), ("folder:~/p", 1)): assert get_dataset(name)[1] == count
+    seen = []
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **rest: seen.append(json.loads(command[-1])) or subprocess.CompletedProcess(command, 1))
+    with pytest.raises(ValueError): module.find_tfds("tiny", "~/sets")
+    assert seen == [["tiny", str(tmp_path / "sets"), False]]
+    for bad in ("", tmp_path / "a.npz"):
+        with pytest.raises(ValueError, match="^data_dir must"): get_dataset("tiny_pictures", data_dir=bad)
+
+
+def test_a_stream_of_arrays_stops_and_goes_on_and_is_shared(mnist):
+    def open(**rest): return get_dataset(f"idx:{mnist}", **{"batch_size": 6, "labels": True, "seed": 5, **rest})[0]
+    data, whole = open(), open()
+    expected = take(whole, 9)
+    for h in range(3):
+        host = open(host=h, hosts=3)
+        assert all(np.array_equal(share[k], batch[k][2 * h:2 * h + 2]) for share, batch in zip(take(host, 9), expected) for k in batch)
+    take(data, 4)
+    state, again = json.dumps(data.get_state()), open()
+    again.set_state(json.loads(state))
+    assert all(np.array_equal(a[k], b[k]) for a, b in zip(take(again, 5), expected[4:]) for k in a)
+
+
+# ---- tables of Hugging Face's
+
+def save_table(path, hugging_face, **parts):
+    features = hugging_face.Features(img=hugging_face.Image(), label=hugging_face.ClassLabel(names=[f"c{i}" for i in range(8)]), caption=hugging_face.Value("string"))
+    tables = {}
+    for name, numbers in parts.items():
+        files = []
+        for i in numbers:
+            file = io.BytesIO()
+            Image.new("RGB", (9, 12), (30 * i, 100, 50)).save(file, "png")
+            files.append({"bytes": file.getvalue(), "path": None})
+        tables[name] = hugging_face.Dataset.from_dict({"img": files, "label": list(numbers), "caption": [f"picture {i}" for i in numbers]}, features)
+    hugging_face.DatasetDict(tables).save_to_disk(str(path))
+
+
+def check_tables(path):
+    data, count = get_dataset(f"hf:{path}", 8, 8, labels=True, captions=True)
+    batch = next(data)
+    assert count == 8 and sorted(batch["label"]) == list(range(8)) and data.label_names == [f"c{i}" for i in range(8)] and not data.damaged
+    for image, label, text in zip(batch["image"], batch["label"], batch["text"]): assert text == f"picture {label}" and abs(in_bytes(image) - (30 * label, 100, 50)).max() < 0.01
+    assert set(next(get_dataset(f"hf:{path}", 3, 8, split="test", labels=True)[0])["label"]) == {5, 6, 7}
+    assert next(get_dataset(f"hf:{path}", 3, 8)[0]).shape == (3, 8, 8, 3)
+    with pytest.raises(ValueError, match="split must be 'all' or a sum of train, test, got 'valid'"): get_dataset(f"hf:{path}", split="valid")
+    with pytest.raises(ValueError, match="must name a folder that Dataset.save_to_disk wrote"): get_dataset(f"hf:{path.parent}")
+    with pytest.raises(ValueError, match="must name a folder"): get_dataset(f"hf:{path}/none")
+
+
+def test_tables_of_hugging_face(tmp_path):
+    hugging_face = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    save_table(tmp_path / "table", hugging_face, train=range(5), test=range(5, 8))
+    check_tables(tmp_path / "table")
+
+
+class Table:
+    "The few things of `datasets.Dataset` that are called, for where the library is not installed."
+    def __init__(self, rows, features): self.rows, self.features, self.column_names = rows, features, list(features)
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[i]
+    def select_columns(self, names): return Table([{n: row[n] for n in names} for row in self.rows], {n: self.features[n] for n in names})
+    def cast_column(self, name, feature):
+        assert feature.decode is False
+        return Table(self.rows, {**self.features, name: feature})
+
+
+def test_tables_by_a_stand_in(tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    class Picture:
+        def __init__(self, decode=True): self.decode = decode
+    Picture.__name__ = "Image"
+    class ClassLabel: names = [f"c{i}" for i in range(8)]
+    class Value: pass
+    features, files = {"img": Picture(), "label": ClassLabel(), "caption": Value()}, []
+    for i in range(8): save_picture(tmp_path / f"{i}.png", 0); Image.new("RGB", (9, 12), (30 * i, 100, 50)).save(tmp_path / f"{i}.png")
+    held = [{"img": {"bytes": (tmp_path / f"{i}.png").read_bytes() if i % 2 else None, "path": str(tmp_path / f"{i}.png")}, "label": i, "caption": f"picture {i}"} for i in range(8)]
+    class DatasetDict(dict): pass
+    def load_from_disk(path):
+        if not path.endswith("table"): raise FileNotFoundError(f"{path} is neither a Dataset nor a DatasetDict")
+        return DatasetDict(train=Table(held[:5], features), test=Table(held[5:], features))
+    stand_in = types.SimpleNamespace(DatasetDict=DatasetDict, load_from_disk=load_from_disk, concatenate_datasets=lambda parts: Table(sum((p.rows for p in parts), []), features))
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    (tmp_path / "table").mkdir()
+    check_tables(tmp_path / "table")
+    del features["caption"]
+    with pytest.raises(ValueError, match="one column of captions, got none of img, label"): get_dataset(f"hf:{tmp_path}/table", captions=True)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs Hugging Face's datasets: pip install datasets"): get_dataset(f"hf:{tmp_path}/table")
+
+
+# ---- a part held back
+
+@pytest.mark.parametrize("validation, held", [(0.1, lambda M: round(M / 10)), (5, lambda M: 5), (0.001, lambda M: max(1, round(M / 1000)))])
+def test_a_part_held_back_is_never_trained_on(opened, validation, held):
+    open, M = opened
+    kept = {}
+    for part in ("train", "validation"):
+        for rest in (dict(seed=0), dict(seed=9), dict(seed=9, host=1, hosts=2)):
+            data = open(validation=validation, part=part, batch_size=2 * M, **rest)
+            found = {row for batch in take(data, 2) for row in rows([batch])}  # two epochs and more, also of one host
+            if "hosts" not in rest: assert kept.setdefault(part, found) == found and len(found) == data.examples
+            assert found <= kept[part]
+    assert not kept["train"] & kept["validation"] and len(kept["validation"]) == held(M) and len(kept["train"]) == M - held(M)
+    assert set(rows(take(open(batch_size=M), 1))) == kept["train"] | kept["validation"]
+
+
+def test_a_larger_share_holds_back_what_a_smaller_one_does():
+    parts = [set(stream.choose_part(1000, share, "validation")) for share in (0.01, 0.1, 0.5, 700)]
+    assert [len(part) for part in parts] == [10, 100, 500, 700] and all(a < b for a, b in zip(parts, parts[1:]))
+    assert stream.choose_part(1000) is None and len(stream.choose_part(1000, 0.1)) == 900
+
+
+@pytest.mark.parametrize("bad", [-0.1, np.nan, np.inf, "0.1", True, None, 1.5, 1797, 0.9999])
+def test_what_cannot_be_held_back_is_named(bad):
+    with pytest.raises(ValueError, match="^validation must"): get_dataset("digits", validation=bad)
+    with pytest.raises(ValueError, match="^part must"): get_dataset("digits", validation=0.1, part="test")
+    with pytest.raises(ValueError, match="^validation must"): get_dataset("digits", part="validation")
+
+
+def test_damage_is_mended_within_its_part(broken):
+    folder, names = broken
+    texts = {}
+    for part in ("train", "validation"):
+        data = get_dataset(f"folder:{folder}", 23, 8, captions=True, validation=0.4, part=part)[0]
+        texts[part] = {text for batch in take(data, 3) for text in batch["text"]}
+        assert set(data.damaged.values()) <= names
+    assert not texts["train"] & texts["validation"] and len(texts["train"] | texts["validation"]) == 20
+
+
+# ---- an order that costs nothing
+
+def test_a_shuffle_is_made_once_an_epoch(monkeypatch):
+    made, default_rng = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or default_rng(seed))
+    data = ImageStream(np.arange(1000), None, 30)
+    line = np.concatenate(take(data, 100))  # three epochs, by batches that run over their ends
+    assert made == [(0, 0), (0, 1), (0, 2)]
+    data.set_state({**data.get_state(), "position": 990})
+    assert np.array_equal(next(data), line[990:1020])
+    monkeypatch.undo()
+    assert np.array_equal(line, np.concatenate([np.random.default_rng((0, e)).permutation(1000) for e in range(3)]))
+
+
+# ---- threads
+
+def test_there_are_as_many_threads_as_cores(pictures, monkeypatch):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert get_dataset(f"folder:{pictures}")[0].threads == cores == FileStream(np.zeros((3, 2)), lambda x: x, 1).threads
+    monkeypatch.setattr(folder_module.os, "sched_getaffinity", lambda _: range(96), raising=False)
+    assert folder_module.reading_threads() == 96 == get_dataset(f"folder:{pictures}")[0].threads
+    assert get_dataset(f"folder:{pictures}", threads=3)[0].threads == 3
+    monkeypatch.setattr(folder_module, "machine_memory", lambda: 12_000)
+    assert folder_module.reading_threads(100) == 10 and folder_module.reading_threads(10 ** 9) == 1
+    with pytest.raises(ValueError, match="^threads must"): get_dataset(f"folder:{pictures}", threads=0)
+
+
+def test_a_function_may_send_the_batches(opened):
+    open, _ = opened
+    plain = open(seed=1, batch_size=6)
+    data = prefetch_to_device(open(seed=1, batch_size=6), place=lambda batch: jax.device_put(batch.reshape(2, 3, *batch.shape[1:])))
+    for _ in range(4):
+        assert data.get_state() == plain.get_state()
+        sent, batch = next(data), next(plain)
+        assert isinstance(sent, jax.Array) and sent.shape[:2] == (2, 3) and np.array_equal(sent.reshape(batch.shape), batch)

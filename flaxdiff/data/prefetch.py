@@ -19,7 +19,7 @@ class DevicePrefetch:
     def __init__(self,
                  data,  # an iterator
                  ahead=2,  # batches under way
-                 place=None,  # a device or a sharding; JAX's default device by default
+                 place=None,  # a device, a sharding, or a function that sends a batch; JAX's default device
                 ):
         self.data = data
         self.ahead = check_positive_int("ahead", ahead)
@@ -47,8 +47,9 @@ class DevicePrefetch:
     def _fetch(self):
         "(a batch on its way, the state after it, None), or (None, None, the error)."
         try:
-            batch = jax.tree.map(self._send, next(self.data))
-            return batch, self._data_state(), None
+            batch = next(self.data)
+            sent = self.place(batch) if callable(self.place) else jax.tree.map(self._send, batch)
+            return sent, self._data_state(), None
         except Exception as error:
             return None, None, error
 
@@ -84,15 +85,16 @@ class StatefulPrefetch(DevicePrefetch):
 def check_place(
     place,  # what was given
 ):
-    "`place`, where it is a device, a sharding or None; else a `ValueError`."
-    if place is None or isinstance(place, (jax.Device, jax.sharding.Sharding)):
+    "`place`, where it is a device, a sharding, a function or None; else a `ValueError`."
+    if place is None or isinstance(place, (jax.Device, jax.sharding.Sharding)) or callable(place):
         return place
-    raise ValueError(f"place must be a device such as jax.devices()[0], a sharding or None, got {place!r}")
+    raise ValueError("place must be a device such as jax.devices()[0], a sharding, a function of a batch "
+                     f"or None, got {place!r}")
 
 def prefetch_to_device(
     data,  # an iterator of arrays, or of dicts of arrays; each batch an array of its own
     ahead=2,  # batches under way to the device beyond the one handed out
-    place=None,  # a device or a sharding (then each host gives its own rows); JAX's default device by default
+    place=None,  # a device, a sharding (then each host gives its own rows), or a function that sends a batch
 ) -> DevicePrefetch:
     "The batches of `data` in order, sent ahead; its `get_state`, if any, tells of what was handed out."
     if not hasattr(data, "__iter__"):

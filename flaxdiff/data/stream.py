@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['host_rows', 'EndlessLine', 'machine_memory', 'check_memory', 'check_channels', 'check_pixels', 'ImageStream',
-           'load_digits', 'digits_stream', 'keys_kernel', 'middle_square']
+           'choose_part', 'ExamplesOf', 'load_digits', 'digits_stream', 'keys_kernel', 'middle_square']
 
 # %% ../../nbs/24_data.ipynb #fc0ebca4
 import os
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ..utils import check_choice, check_flag, check_positive_int, check_whole
+from ..utils import check_choice, check_flag, check_positive_int, check_real, check_whole
 
 # %% ../../nbs/24_data.ipynb #82a6f72a
 def host_rows(
@@ -105,9 +105,10 @@ def check_memory(
 
 def check_channels(
     channels,  # what was given
+    known=(1, 2, 3, 4),  # those there are: grey or colours, 2 and 4 with the opacity as the last
 ) -> int:
-    "1 or 3; else a `ValueError`."
-    return check_choice("channels", check_positive_int("channels", channels), (1, 3))
+    "One of the known numbers; else a `ValueError`."
+    return check_choice("channels", check_positive_int("channels", channels), known)
 
 def check_pixels(
     images,  # an array of images
@@ -121,42 +122,92 @@ def check_pixels(
 class ImageStream(EndlessLine):
     "Batches of arrays without end, in an order that depends on `seed` alone."
     def __init__(self,
-                 images,  # (M, H, W, C), float32 in [-1, 1]
+                 images,  # (M, H, W, C), float32 in [-1, 1]; anything that `prepare` makes so
                  labels,  # (M,), int32; None if there are none
                  batch_size,  # B, of all hosts together
                  seed=0,  # of the order, from 0 to 2³² - 1
                  with_labels=False,  # batches as {"image", "label"} instead of bare images
                  host=None,  # this host, from 0; this process of JAX's by default
                  hosts=None,  # H; as many as JAX has processes by default
+                 columns=None,  # {name: (M, …)}: more conditions, handed out in each batch
+                 members=None,  # the numbers of the examples in the line, as of `choose_part`; all by default
+                 prepare=None,  # a batch of stored images -> float32 in [-1, 1]; nothing to do by default
                 ):
         if not len(images):
             raise ValueError("images must hold at least one example, got none")
-        super().__init__(len(images), batch_size, seed, host, hosts)
-        check_pixels(images)
+        self.members = np.arange(len(images)) if members is None else np.asarray(members)
+        super().__init__(len(self.members), batch_size, seed, host, hosts)
+        if prepare is None:
+            check_pixels(images)
         rows = self.rows.stop - self.rows.start
         bytes_each = 16 + getattr(images, "nbytes", 0) // len(images)
         check_memory("batch_size", f"{rows:,} examples", rows * bytes_each)
         self.with_labels = check_flag("with_labels", with_labels)
-        if self.with_labels and (labels is None or len(labels) != len(images)):
-            raise ValueError(f"labels must be one for each of the {len(images)} images")
+        self.columns = {"label": labels} if self.with_labels else {}
+        self.columns.update(columns or {})
+        for name, values in self.columns.items():
+            if values is None or len(values) != len(images):
+                raise ValueError(f"{name}s must be one for each of the {len(images)} images")
         self.images = images
         self.labels = labels
+        self.prepare = prepare
         self.label_names: list[str] | None = None  # what the labels mean, where that is known
         self.damaged = {}  # what could not be read: nothing, of images in memory
+        self.shuffled = (-1, self.members)  # an epoch and its order, kept for the next batch
 
     def __next__(self):
         "This host's rows of the next B examples of the endless line."
         places = self.position + np.arange(self.rows.start, self.rows.stop)
         epochs, places = np.divmod(places, self.examples)
         picked = np.concatenate([self._order(e)[places[epochs == e]] for e in np.unique(epochs)])
+        images = self.images[picked]
+        if self.prepare is not None:
+            images = self.prepare(images)
         self.position += self.batch_size
-        if not self.with_labels:
-            return self.images[picked]
-        return {"image": self.images[picked], "label": self.labels[picked]}
+        if not self.columns:
+            return images
+        return {"image": images} | {name: values[picked] for name, values in self.columns.items()}
 
     def _order(self, epoch):
-        "The shuffle of one epoch."
-        return np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        "The shuffle of one epoch, made once in it."
+        if self.shuffled[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+            self.shuffled = (epoch, self.members[order])
+        return self.shuffled[1]
+
+# %% ../../nbs/24_data.ipynb #61c56d15
+def choose_part(
+    examples,  # M, how many there are
+    validation=0,  # the share held out, in (0, 1), or how many examples; 0 for none
+    part="train",  # "train", all the others, or "validation", those held out
+) -> np.ndarray | None:
+    "The numbers of a part's examples, ascending; None for all. Neither seed nor host has a say in it."
+    check_choice("part", part, ("train", "validation"))
+    check_real("validation", validation, 0)
+    if validation == 0 and part == "train":
+        return None
+    held = int(validation) if validation >= 1 else max(1, round(validation * examples))
+    if held != validation and validation >= 1 or not 0 < validation or held >= examples:
+        raise ValueError(f"validation must be a share in (0, 1) or a whole number below the {examples} "
+                         f"examples, got {validation!r}")
+    order = np.random.default_rng(0).permutation(examples)
+    return np.sort(order[:held] if part == "validation" else order[held:])
+
+class ExamplesOf:
+    "Some examples of a random-access source, as a source of its own."
+    def __init__(self,
+                 source,  # random access: `len(source)` and `source[i]`
+                 members,  # (m,): the numbers of those that are in it
+                ):
+        self.source = source
+        self.members = members
+
+    def __len__(self):
+        return len(self.members)
+
+    def __getitem__(self, i):
+        "Example i of the part."
+        return self.source[int(self.members[i])]
 
 # %% ../../nbs/24_data.ipynb #ee4ea21e
 def load_digits(
@@ -166,7 +217,7 @@ def load_digits(
     "scikit-learn's 1,797 digits (Alpaydin & Kaynak 1998): images (1797, H, W, C) in [-1, 1], labels (1797,)."
     from sklearn import datasets  # here, not above: it takes a second to import
     size = check_positive_int("image_scale", image_scale)
-    channels = check_channels(channels)
+    channels = check_channels(channels, (1, 3))
     pixels, targets = datasets.load_digits(return_X_y=True)
     images = jnp.asarray(pixels, jnp.float32).reshape(-1, 8, 8, 1) / 8 - 1
     if size != 8:
@@ -183,10 +234,13 @@ def digits_stream(
     labels=False,  # batches as {"image", "label"} instead of bare images
     host=None,  # this host, from 0
     hosts=None,  # how many hosts there are
+    validation=0,  # the share held out, or how many examples
+    part="train",  # "train", or "validation" for those held out
 ) -> ImageStream:
     "The digits as a stream."
     images, targets = load_digits(image_scale, channels)
-    data = ImageStream(images, targets, batch_size, seed, labels, host, hosts)
+    members = choose_part(len(images), validation, part)
+    data = ImageStream(images, targets, batch_size, seed, labels, host, hosts, members=members)
     data.label_names = [str(digit) for digit in range(10)]
     return data
 
