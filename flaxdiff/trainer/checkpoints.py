@@ -157,7 +157,7 @@ def check_folder(
     folder: Any,  # a path on this machine; ~ is the home folder
 ) -> Path:
     "The absolute path; a `ValueError` for what cannot be a folder here: nothing, a file, an address."
-    if not isinstance(folder, (str, os.PathLike)) or isinstance(folder, bytes) or not str(folder).strip():
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder).strip() or "\0" in str(folder):
         raise ValueError(f"{name} must be a folder's name, got {folder!r}; for this folder say '.'")
     if re.match(r"\w{2,}:/", str(folder)):
         raise ValueError(f"{name} must be a folder on this machine, got the address {folder}; "
