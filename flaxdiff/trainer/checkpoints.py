@@ -93,7 +93,7 @@ def _unseal(sealed):
     return json.loads(sealed["record"])
 
 def read_record(
-    folder: str | Path,  # where checkpoints lie
+    folder: str | os.PathLike,  # where checkpoints lie
     step: int,  # of one of them
 ) -> dict:
     "What lies beside the arrays of a checkpoint; an error where a byte of it is not what was written."
