@@ -329,6 +329,7 @@ def is_free(folder):
     return tried.returncode == 0
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_lock_is_shared_within_a_process_and_not_by_its_children(tmp_path):
     "A command holds it around the run's own; a worker that outlives a killed run must not keep it."
     with FolderLock(tmp_path) as outer:

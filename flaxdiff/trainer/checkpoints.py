@@ -19,6 +19,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -145,11 +146,13 @@ class _NoEcho:
             self.before(echo)
 
 def _quieten():
-    "One fault, one line: install both."
+    "One fault, one line: install both filters."
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_orbax)
     if not isinstance(sys.unraisablehook, _NoEcho):
         sys.unraisablehook = _NoEcho(sys.unraisablehook)
+    # After a failed read Orbax leaves calls behind that it has not made.
+    warnings.filterwarnings("ignore", "coroutine 'NumpyHandler", RuntimeWarning)
 
 # %% ../../nbs/32_checkpoints.ipynb #19990694
 def check_folder(
