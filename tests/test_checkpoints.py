@@ -349,6 +349,9 @@ def test_the_folder_is_free_after_a_run_and_after_a_save(tmp_path):
     saver = RunCheckpoints(tmp_path / "c")
     saver.save(state_of(step=1), {}, 0.0)
     assert is_free(tmp_path / "c")
+    with saver:
+        saver.check_own(), saver.finish()  # as a fit within a command
+        assert not is_free(tmp_path / "c")
     with pytest.raises(RuntimeError, match="first"), saver: raise RuntimeError("first")
     assert is_free(tmp_path / "c")
 

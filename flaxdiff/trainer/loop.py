@@ -271,6 +271,7 @@ class RunCheckpoints:
         self.manager = open_checkpoints(folder, max_to_keep)
         self.lock = FolderLock(folder)
         self.writing = False  # from `check_own` to `finish` no other process may write there
+        self.entered = 0  # nor within a `with`
         self.known: int | None = None  # the newest that this run has written or read
         self.restored: int | None = None  # the one it goes on from, until it writes again
 
@@ -335,14 +336,17 @@ class RunCheckpoints:
         try:
             finish_checkpoints(self.manager)
         finally:
-            self.lock.release()
-            self.writing = False
+            if not self.entered:
+                self.lock.release()
+                self.writing = False
 
     def __enter__(self) -> Self:
         self.check_own()
+        self.entered += 1
         return self
 
     def __exit__(self, kind, error, trace):
+        self.entered -= 1
         try:
             self.finish()
         except CheckpointError as second:
