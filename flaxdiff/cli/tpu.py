@@ -45,7 +45,7 @@ def _check(what, value):
     raise ValueError(f"{what} must be {wanted}; got {value!r}")
 
 def _check_line(what, *values):
-    "A `ValueError` for what is no line of text, or what gcloud or a shell would take for an option of its own."
+    "A `ValueError` for what is no line of text, or what gcloud or a shell would take for an option."
     for value in values:
         if not isinstance(value, str) or not value.strip() or re.search(r"[\x00-\x1f\x7f]", value):
             raise ValueError(f"{what} must be one line of text, got {value!r}")
