@@ -1,12 +1,17 @@
-"""The recipe of chapter 26: its own code, at its own sizes where shapes are enough, and run where it is small."""
+"""The recipe for flowers: its own code, at its own sizes where shapes are enough, and run where it is small; and every line that it and the TPU chapter tell a reader to type."""
 import ast
+import contextlib
 import functools
+import io
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +26,10 @@ from flaxdiff.checkpoints import fingerprint
 from flaxdiff.models.simple_unet import SimpleUNet
 from flaxdiff.predictors import KarrasPredictionTransform
 from flaxdiff.schedulers import EDMNoiseScheduler
-from flaxdiff.tpu import PINS
+from flaxdiff.tpu import PINS, tpu_main, tpu_parser
 from flaxdiff.trainer import DiffusionTrainer, training_step
 from flaxdiff.trainer.step import init_state
-from flaxdiff.training import TrainConfig, load_run, make_optimizer, train_main, train_parser
+from flaxdiff.training import TrainConfig, check_config, load_run, make_network, make_optimizer, train_main, train_parser
 
 for extra in ("tensorflow_datasets", "grain"): pytest.importorskip(extra)
 NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "37_flowers_tpu.ipynb").read_text(encoding="utf-8"))
@@ -116,7 +121,7 @@ def test_operations_are_counted():
     conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     for function, arguments, due in ((jnp.matmul, (a, b), 2 * 5 * 7 * 3), (looped, (a,), 11 * 2 * 5 * 7 * 7), (jax.checkpoint(jax.jit(looped)), (a,), 11 * 2 * 5 * 7 * 7),
                                      (conv, (image, kernel), 2 * 2 * 4 * 4 * 6 * 9 * 4)):
-        assert f.count(jax.make_jaxpr(function)(*arguments).jaxpr) == due
+        assert f.count_flops(function, *arguments) == due
     assert jax.jit(conv).lower(image, kernel).cost_analysis()["flops"] == 2 * 2 * 4 * 4 * 6 * 9 * 4
 
 
@@ -183,6 +188,103 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flowers")
     flowers().OxfordFlowers102(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
+
+
+# ---- what a reader is told to type
+
+def recipe(name):
+    "The lines of a chapter's shell blocks, continued ones joined; and the lines that the chapter's own code prints as `$ …`."
+    notebook = json.loads((Path(__file__).resolve().parents[1] / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", prose, re.M | re.S)).replace("\\\n", " ")
+    return [line for line in blocks.splitlines() if shlex.split(line, comments=True)]
+
+
+TYPED = [(name, line) for name in ("37_flowers_tpu", "40_tpu") for line in recipe(name)]
+
+
+def training_words(words):
+    "Parse the flags of flaxdiff-train as it does, and check that they ask for the network and the batches of the published program."
+    given = vars(train_parser().parse_args(words))
+    for name in ("out", "resume"): given.pop(name, None)
+    config = TrainConfig(**given)
+    check_config(config)
+    assert (config.dataset, config.image_size, config.batch_size, config.learning_rate) == ("oxford_flowers102", 64, 16, 2e-4)
+    shapes = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    params = jax.eval_shape(make_network(config, 3).init, jax.random.key(0), *shapes)
+    assert sum(p.size for p in jax.tree.leaves(params)) == 51_773_571
+
+
+def judge(words):
+    "Whether a line can be right: flaxdiff's own commands are parsed by their own parsers, and the rest is known by name."
+    program, *rest = words
+    if program == "flaxdiff-tpu":
+        cut = rest.index("--") if "--" in rest else len(rest)
+        assert not vars(tpu_parser().parse_args(rest[:cut]))["dry_run"]
+        with contextlib.redirect_stdout(io.StringIO()): assert tpu_main([rest[0], "--dry-run", *rest[1:]]) == 0
+        if rest[0] == "train": training_words(rest[cut + 1:])
+    elif program == "flaxdiff-train": training_words(rest)
+    elif program == "pip": assert rest[0] == "install" and any(w.startswith("flaxdiff[data] @ git+https://") for w in rest) and any(w.startswith("tensorflow-cpu") for w in rest)
+    elif program == "python": assert rest[0] == "-c" and compile(rest[1], "recipe", "exec")
+    elif program == "gcloud": assert rest[:3] == ["storage", "buckets", "create"] or rest[:3] == ["storage", "cp", "-r"]
+    elif program == "export": assert all(re.fullmatch(r"CLOUDSDK_[A-Z_]+=[a-z0-9-]+", w) for w in rest)
+    else: assert program == "ssh-add"
+
+
+@pytest.mark.parametrize("name, line", TYPED, ids=[f"{name} {line[:50]}" for name, line in TYPED])
+def test_every_line_of_the_recipes_can_be_typed(name, line): judge(shlex.split(line, comments=True))
+
+
+def test_wrong_lines_are_found():
+    for line in ("flaxdiff-tpu fly t", "flaxdiff-tpu create t v4", "flaxdiff-tpu train t -- --dataset oxford_flowers102 --out x", "flaxdiff-train --featurs 3 --out x", "curl x", "pip install flaxdiff[data]"):
+        with pytest.raises((AssertionError, SystemExit)): judge(shlex.split(line))
+
+
+@pytest.mark.parametrize("name", ["37_flowers_tpu", "40_tpu"])
+def test_the_recipes_have_what_they_need_before_they_need_it(name):
+    "TensorFlow before the data are prepared, these before they are copied to the bucket, the bucket mounted and the data copied to every worker before training."
+    said = "\n".join(recipe(name)) + (PRINTED if name == "37_flowers_tpu" else "")
+    order = ["tensorflow-cpu", "get_dataset", "buckets create", "gcloud storage cp -r tensorflow_datasets", "flaxdiff-tpu create", "flaxdiff-tpu setup", "flaxdiff-tpu mount", "-- cp -r my-bucket/tensorflow_datasets .", "flaxdiff-tpu train"]
+    places = [said.find(what) for what in order]
+    assert -1 not in places and places == sorted(places), dict(zip(order, places))
+
+
+TINY = "--image-size 16 --features 24 --attention-levels 1 --res-blocks 1 --emb-features 32 --steps 4 --checkpoint-every 2 --sample-every 4 --quiet"  # of two flags of one name the later counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["37_flowers_tpu", "40_tpu"])
+def test_the_recipes_run_to_their_end(name, drawn, tmp_path):
+    "As they are written, in a shell, with stand-ins for Google and for the installer; the data are the drawings, the training is the real one at toy size."
+    from test_tpu import BIN, UV, Bench
+    bench = Bench(tmp_path)
+    shutil.copytree(drawn, tmp_path / "tensorflow_datasets")  # what the photographs would be, once downloaded
+    for program in ("pip", "ssh-add"): bench.put(f"bin/{program}", "#!/bin/sh\n")
+    bench.put("bin/python", f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+    bench.put("env/bin/python", f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+    bench.put("env/bin/flaxdiff-train", f"#!/bin/sh\nexec {BIN / 'flaxdiff-train'} \"$@\" {TINY}\n")
+    bench.put("uv", UV.replace("VENV", str(tmp_path / "env")))
+    bench.put("bin/curl", f"#!/bin/sh\necho 'mkdir -p ~/.local/bin && cp {tmp_path}/uv ~/.local/bin/uv' > $4\n")
+    bench.put("bin/mountpoint", "#!/bin/sh\ntest -L \"$2\"\n")
+    bench.put("bin/gcsfuse", f"#!/bin/sh\nrmdir \"$3\" && ln -s {tmp_path}/buckets/\"$2\" \"$3\"\n")
+    bench.says(workers=1)  # v5litepod-8 is one machine
+    bench.env["PATH"] = f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}"
+    lines = [line for line in recipe(name) if not line.startswith("flaxdiff-tpu delete")]
+    if name == "37_flowers_tpu":
+        lines += [line.removeprefix("$ ") for line in PRINTED.splitlines() if line.startswith("$ flaxdiff-tpu") and "train flowers" not in line and "delete" not in line]
+        lines.insert(-1, "flaxdiff-tpu train flowers -- " + " ".join(flowers().LINE.replace("--out flowers-64", "--out my-bucket/flowers").split()))
+    (train,) = (i for i, line in enumerate(lines) if " train " in line)
+    def shell(lines):
+        done = subprocess.run(["bash", "-e", "-c", "\n".join(lines)], env=bench.env, cwd=tmp_path, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+    shell(lines[:train + 1])
+    summary, log = tmp_path / "buckets" / "my-bucket" / "flowers" / "summary.json", tmp_path / "worker0" / "flaxdiff-train.log"
+    end = time.monotonic() + 300
+    while " steps, loss " not in log.read_text() and time.monotonic() < end: time.sleep(0.2)
+    assert summary.exists(), log.read_text()[-3000:]
+    assert "4 steps, loss" in shell(lines[train + 1:]) and json.loads(summary.read_text())["steps"] == 4
+    assert (tmp_path / "worker0" / "tensorflow_datasets" / "oxford_flowers102").is_dir()
 
 
 def test_the_drawings_have_the_features_of_the_photographs(drawn):

@@ -2,22 +2,28 @@
 
 The processes of the first stage start together and those of the second when it is done; each test looks at what they left.
 """
+import dataclasses
+import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from flaxdiff.distributed import DataParallel, allreduce_bytes, several_steps, start_hosts, step_seconds
-from flaxdiff.trainer.parallel import _in_a_cluster
+from flaxdiff.trainer import DiffusionTrainer
+from flaxdiff.trainer.parallel import _in_a_cluster, count_flops, fsdp_sharding
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 300  # seconds a process may take on a busy machine; an idle one needs about 30
@@ -79,18 +85,21 @@ def same_bits(a, b):
     for q in ("params", "ema", "opt", "losses", "levels", "step"): np.testing.assert_array_equal(a[q], b[q], err_msg=q)
 
 
-HOWS = ("pmap", "shard_map")
+HOWS = {"pmap": dict(how="pmap"), "shard_map": dict(how="shard_map")}
+if "fsdp" in {f.name for f in dataclasses.fields(DiffusionTrainer)}: HOWS |= {"jit": dict(how="jit"), "fsdp": dict(how="jit", fsdp=True)}  # the trainer hands both on
 BOTH = dict(accumulate=2, steps_per_dispatch=2)
-EIGHT = {"one": dict(steps=4, devices=1)} | {f"{how}{' parts' * parts}": dict(steps=4, devices=8, how=how, **(BOTH if parts else {}))
-                                            for how in HOWS for parts in (False, True)}
+EIGHT = {"one": dict(steps=4, devices=1)} | {f"{name}{' parts' * parts}": dict(steps=4, devices=8, **how, **(BOTH if parts else {}))
+                                            for name, how in HOWS.items() for parts in (False, True)}
+ON_MESH = {"own jit": dict(calls=4, how="jit"), "own fsdp": dict(calls=4, how="jit", fsdp=True), "own jit two": dict(calls=2, K=2, how="jit"), "own fsdp two": dict(calls=2, K=2, how="jit", fsdp=True)}
+OWN = {"own": dict(calls=4, devices=1), "own alone": dict(calls=4, devices=1, how="jit", fsdp=True), "own pmap": dict(calls=4), **ON_MESH}
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     "One process with 8 devices, and two with 2 each."
     root = tmp_path_factory.mktemp("hosts")
-    alone = {**EIGHT, "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
-    pair = {**{how: dict(steps=4, how=how) for how in HOWS}, "adam": dict(steps=6, optimizer="adam"),
+    alone = {**EIGHT, **OWN, "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
+    pair = {**{name: dict(steps=4, **how) for name, how in HOWS.items()}, **ON_MESH, "adam": dict(steps=6, optimizer="adam"),
             "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
     with Group(root / "alone", alone) as a, Group(root / "pair", pair, hosts=2, devices=2) as b: return root, a.results()[0], b.results()
 
@@ -166,9 +175,62 @@ def test_two_hosts_are_one_under_adam(first):
 @pytest.mark.slow
 def test_sixty_steps_under_adam(tmp_path):
     with Group(tmp_path / "alone", {"adam": dict(steps=60, optimizer="adam", devices=4)}) as a:
-        with Group(tmp_path / "pair", {how: dict(steps=60, optimizer="adam", how=how) for how in HOWS}, hosts=2, devices=2) as b: pair, (alone,) = b.results(), a.results()
+        with Group(tmp_path / "pair", {name: dict(steps=60, optimizer="adam", **how) for name, how in HOWS.items()}, hosts=2, devices=2) as b: pair, (alone,) = b.results(), a.results()
     for host in pair:
         for how in HOWS: assert difference(host[how], alone["adam"], ("params", "ema", "losses")) < ADAM
+
+
+# One program on the global batch
+
+@pytest.mark.parametrize("name", ["own alone", "own pmap", *ON_MESH])
+def test_one_program_on_eight_devices_is_one(first, name):
+    "float64, momentum, noise by place: a whole batch cut by the compiler, with the state copied or cut."
+    alone = first[1]
+    assert difference(alone[name], alone["own"], ("params", "ema", "opt", "losses")) < 1e-12 and alone[name]["step"] == 4
+    assert len(np.unique(alone["own"]["losses"])) == 4 and np.abs(alone["own"]["params"] - alone["own"]["ema"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ON_MESH)
+def test_one_program_on_two_hosts_is_one(first, name):
+    for host in first[2]: assert difference(host[name], first[1]["own"], ("params", "ema", "opt", "losses")) < 1e-12
+
+
+@pytest.mark.parametrize("name", ON_MESH)
+def test_memory_is_used_again(first, name):
+    "The new state lies where the old one lay, whose buffers are gone, and one program serves all calls."
+    for result in (first[1], *first[2]): assert result[name]["deleted"] and result[name]["programs"] == 1 and result[name]["held"] == result[name]["first"]
+
+
+def test_what_a_device_holds(first):
+    "Copied: everything. Cut: its part of the two matrices of 64 x 24, and all of what is small: 24 + 24 + 24 + 64 numbers and the count of steps."
+    one, large, small = first[1]["own"]["whole"], 3 * 8 * 2 * 64 * 24, 3 * 8 * (24 * 3 + 64) + 4
+    assert one == large + small
+    for n, results in ((8, [first[1]]), (4, first[2])):
+        for result in results:
+            assert result["own jit"]["held"] == one and result["own fsdp"]["held"] == large / n + small
+            assert result["own fsdp"]["whole"] == one, "what is saved is whole, on every host"
+
+
+def test_a_cut_state_goes_back(first):
+    "What was gathered and is put back is the same in every bit, cut again."
+    for result in (first[1], *first[2]):
+        for name in ON_MESH: np.testing.assert_array_equal(result[name]["after"], np.concatenate([[result[name]["step"]], *(result[name][q] for q in ("params", "ema", "opt"))]))
+
+
+@pytest.mark.parametrize("shape, n, due", [
+    ((64, 24), 8, ("data",)), ((24, 64), 8, (None, "data")), ((3, 3, 64, 128), 8, (None, None, None, "data")), ((3, 3, 128, 64), 8, (None, None, "data")),
+    ((64, 64), 8, ("data",)), ((63, 65), 8, ()), ((63, 64), 8, (None, "data")), ((8, 8), 8, ()), ((1024,), 8, ("data",)), ((1023,), 8, ()), ((), 8, ()), ((0, 4096), 8, ()), ((64, 64), 1, ("data",))])
+def test_where_a_leaf_is_cut(shape, n, due):
+    "Along the longest axis that the devices divide; small leaves and odd ones are copied."
+    mesh = AbstractMesh((n,), ("data",))
+    sharding = fsdp_sharding({"w": jax.ShapeDtypeStruct(shape, np.float32)}, mesh)["w"]
+    assert sharding.spec == PartitionSpec(*due)
+    assert np.prod(sharding.shard_shape(shape)) * (n if due else 1) == np.prod(shape)
+
+
+def test_how_small_is_too_small():
+    mesh = AbstractMesh((8,), ("data",))
+    assert fsdp_sharding(np.zeros((8, 8)), mesh, smallest=64).spec == PartitionSpec("data") and fsdp_sharding(np.zeros((8, 8)), mesh, smallest=65).spec == PartitionSpec()
 
 
 # Checkpoints
@@ -208,7 +270,7 @@ def test_all_stop_after_the_same_step(second):
 @pytest.mark.parametrize("how", HOWS)
 def test_all_stop_after_the_same_dispatch(tmp_path, how):
     "Of several steps: the step that the processes agree on may lie inside one."
-    case = dict(steps=100_000, optimizer="adam", steps_per_dispatch=2, how=how, checkpoint_dir=str(tmp_path / "long"))
+    case = dict(steps=100_000, optimizer="adam", steps_per_dispatch=2, **HOWS[how], checkpoint_dir=str(tmp_path / "long"))
     with Group(tmp_path / "pair", {"stopped": case}, hosts=2, devices=2) as pair:
         stop_one(pair, "stopped")
         check_stopped(pair.results(), tmp_path / "long")
@@ -260,10 +322,93 @@ def test_which_environments_are_clusters(monkeypatch, environment, several):
     assert _in_a_cluster() is several
 
 
+# A slice of a Cloud TPU, made by gcloud
+
+SLICE = """
+import os, jax, numpy as np
+os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it sees no chip
+from flaxdiff.distributed import start_hosts
+number, count = start_hosts()
+joined = jax.distributed.is_initialized()
+from jax.experimental import multihost_utils
+everyone = multihost_utils.process_allgather(np.int32(number)).ravel().tolist() if joined else [number]
+print("SAID", number, count, joined, everyone, len(jax.devices()), sep="|")
+"""
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    "Google's metadata server, as worker N of a slice sees it under /N; on `hosts` machines."
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        _, worker, *path, key = self.path.split("/")
+        assert path == "computeMetadata/v1/instance/attributes".split("/") and self.headers["Metadata-Flavor"] == "Google"
+        known = {"agent-worker-number": worker, "worker-network-endpoints": ",".join(["unknown:unknown:127.0.0.1"] * self.server.hosts),
+                 "tpu-env": f"ACCELERATOR_TYPE: 'v4-{8 * self.server.hosts}'\nWORKER_ID: '{worker}'\n"}
+        self.send_response(200 if key in known else 404)
+        self.end_headers()
+        self.wfile.write(known.get(key, "").encode())
+
+    def log_message(self, *_): pass
+
+
+@pytest.fixture
+def metadata():
+    "Serves a slice; `metadata(hosts, …)` starts a process on each of its machines and returns what they said."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    def ask(hosts, vm=True, address=None, **environment):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        server.hosts, processes = hosts, []
+        for i in range(hosts):
+            env = {k: v for k, v in os.environ.items() if k not in CLUSTERS and not k.startswith("JAX_COORDINATOR")}
+            env |= {"JAX_PLATFORMS": "cpu", "NO_PROXY": "127.0.0.1", "GCE_METADATA_IP": address or f"127.0.0.1:{server.server_port}/{i}", "JAX_COORDINATOR_PORT": str(port),
+                    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
+            if vm: env["JAX_FORCE_TPU_INIT"] = "1"  # JAX takes this for a TPU VM
+            processes.append(subprocess.Popen([sys.executable, "-c", SLICE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        try: outputs = [p.communicate(timeout=LIMIT) for p in processes]
+        finally:
+            for p in processes: p.kill()
+        for p, (_, err) in zip(processes, outputs): assert p.returncode == 0, err[-3000:]
+        return [re.search(r"SAID\|(.*)", out)[1].split("|") for out, _ in outputs]  # Gloo speaks, too
+    ask.asked = server.asked
+    yield ask
+    server.shutdown()
+
+
+def test_a_slice_made_by_gcloud_is_joined_without_flags(metadata):
+    "A v4-32 is four machines: each finds the others by the metadata server, and they talk over loopback."
+    assert metadata(4) == [[str(i), "4", "True", "[0, 1, 2, 3]", "8"] for i in range(4)]
+
+
+def test_one_machine_starts_nothing(metadata):
+    alone = [["0", "1", "False", "[0]", "2"]]
+    assert metadata(1) == alone and metadata.asked, "a v4-8"
+    del metadata.asked[:]
+    assert metadata(1, vm=False) == alone, "no TPU VM at all"
+    assert metadata(1, TPU_WORKER_HOSTNAMES="localhost") == alone and not metadata.asked, "Kubernetes has told already"
+    with socket.socket() as s:  # nobody listens
+        s.bind(("127.0.0.1", 0))
+        assert metadata(1, address=f"127.0.0.1:{s.getsockname()[1]}") == alone, "a TPU VM without a metadata server"
+
+
+def test_another_jax_has_no_such_detection(monkeypatch):
+    "JAX's own detection has no public name: should it move, a machine counts as alone."
+    for name in CLUSTERS: monkeypatch.delenv(name, raising=False)
+    import jax._src.clusters as clusters
+    monkeypatch.delattr(clusters, "GceTpuCluster")
+    assert _in_a_cluster() is False
+
+
 def test_data_parallel_refuses():
     step = lambda state, key, index, batch, axis: (state, {})
     with pytest.raises(ValueError, match="how must"): DataParallel(step, how="xmap")
     with pytest.raises(ValueError, match="devices must"): DataParallel(step, [])
+    for how in ("pmap", "shard_map"):
+        with pytest.raises(ValueError, match="fsdp=True needs how='jit'"): DataParallel(step, how=how, fsdp=True)
+    with pytest.raises(ValueError, match="fsdp must be True or False"): DataParallel(step, how="jit", fsdp="no")
     class Elsewhere: process_index = 7
     with pytest.raises(ValueError, match="some of this process"): DataParallel(step, [Elsewhere()])
 
@@ -301,6 +446,15 @@ def test_bytes_are_those_of_a_ring(n):
     ends, sent = ring(values)
     for end in ends: np.testing.assert_allclose(end, values.sum(0), atol=1e-12)
     assert [allreduce_bytes(24, n)] * n == pytest.approx([4 * s for s in sent])
+
+
+def test_operations_are_counted_in_loops():
+    "As often as they turn, inside jit and checkpoint too; XLA counts the body once."
+    w = jax.numpy.ones((7, 7))
+    looped = lambda x: jax.lax.scan(lambda c, _: (jax.numpy.tanh(c @ w), None), x, None, length=11)[0]
+    x = jax.ShapeDtypeStruct((5, 7), np.float32)
+    for function in (looped, jax.jit(looped), jax.checkpoint(looped)): assert count_flops(function, x) == 11 * 2 * 5 * 7 * 7
+    assert count_flops(lambda x: x + 1, x) == 0
 
 
 def test_seconds_by_hand():

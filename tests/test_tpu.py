@@ -21,6 +21,12 @@ import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 words, root = sys.argv[1:], Path(os.environ["STAND_IN"])
 with open(root / "asked", "a") as f: f.write(json.dumps(words) + "\n")
+if words[0] == "storage":  # a bucket is a folder
+    bucket = root / "buckets" / words[-1].removeprefix("gs://") if words[1] == "cp" else root / "buckets" / words[3].removeprefix("gs://")
+    if words[1:3] == ["buckets", "create"]: bucket.mkdir(parents=True)
+    elif words[1:3] == ["cp", "-r"] and bucket.is_dir(): shutil.copytree(words[3], bucket / Path(words[3]).name)
+    else: sys.exit("ERROR: (gcloud.storage) " + " ".join(words))
+    sys.exit(0)
 group, verb, *rest = words[2:]
 flags = dict(w[2:].partition("=")[::2] for w in rest if w.startswith("--") and len(w) > 2)
 what, told = f"{group} {verb}", json.loads(os.environ.get("STAND_IN_SAYS", "{}"))
@@ -29,7 +35,7 @@ if what in told.get("fails", {}):
     sys.exit(told["fails"][what])
 if what in told.get("dies", []): os.kill(os.getpid(), signal.SIGKILL)
 def workers():
-    which = range(2) if flags["worker"] == "all" else map(int, flags["worker"].split(","))
+    which = range(told.get("workers", 2)) if flags["worker"] == "all" else map(int, flags["worker"].split(","))
     for i in which:
         home = root / f"worker{i}"
         home.mkdir(exist_ok=True)
@@ -311,6 +317,12 @@ def test_without_gcloud(bench):
         ("zone", lambda end=end: list_tpus(zone="us-central2-b" + end)), ("project", lambda end=end: list_tpus(project="p-1" + end)),
         ("worker", lambda end=end: run_on_tpu("t", "a", worker="0" + end)), ("accelerator_type", lambda end=end: create_tpu("t", "v4-8" + end)),
         ("version", lambda end=end: create_tpu("t", "v4-8", version="x" + end)), ("bucket", lambda end=end: mount_bucket("t", "my-bucket" + end)))),
+    *((call, f"{what} must be one line") for bad in ("a\nb", "a\0", "", " ", 3, None) for what, call in (
+        ("a path", lambda bad=bad: copy_files(["t:a"], bad)), ("package", lambda bad=bad: set_up_tpu("t", bad)), ("bucket", lambda bad=bad: mount_bucket("t", bad)),
+        *([] if bad is None else [("folder", lambda bad=bad: mount_bucket("t", "my-bucket", bad))]))),
+    *((call, f"{what} must be a list") for bad in ("--out x", [3], None) for what, call in (
+        ("words", lambda bad=bad: train_on_tpu("t", bad)), ("words", lambda bad=bad: ssh_tpu("t", words=bad)), ("words", lambda bad=bad: create_tpu("t", "v4-8", words=bad)),
+        ("sources", lambda bad=bad: copy_files(bad, "t:")), *([] if bad == "--out x" else [("words", lambda bad=bad: run_on_tpu("t", bad))]))),
     (lambda: ssh_tpu("t", worker="٣"), "worker "), (lambda: create_tpu("t", "v4-1٣"), "accelerator_type ")])
 def test_what_cannot_be_right_is_named(call, named):
     with pytest.raises(ValueError, match=named): call()

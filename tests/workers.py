@@ -2,6 +2,7 @@
 import json
 import sys
 import warnings
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import optax
 
 from flaxdiff import get_dataset
-from flaxdiff.distributed import start_hosts
+from flaxdiff.data import host_rows
+from flaxdiff.distributed import DataParallel, start_hosts
 from flaxdiff.predictors import KarrasEDMPredictor
 from flaxdiff.schedulers import EDMNoiseScheduler
 from flaxdiff.trainer import DiffusionTrainer
@@ -59,6 +61,43 @@ def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False,
             "rows": data.first if data.first is not None else np.zeros(0)}
 
 
+def own_step(rule, state, key, index, batch, axis=None):
+    "A step that knows no trainer: noise by place, momentum, and an average."
+    n, params, ema, opt = state
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, n)))(index)
+    eps = jax.vmap(lambda k: jax.random.normal(k, batch.shape[1:], batch.dtype))(keys)
+    def objective(params): return jnp.mean((Small(batch.dtype).apply(params, batch + eps, jnp.ones(len(batch))) - batch) ** 2)
+    loss, grads = jax.value_and_grad(objective)(params)
+    if axis: loss, grads = jax.lax.pmean((loss, grads), axis)
+    updates, opt = rule.update(grads, opt, params)
+    params = optax.apply_updates(params, updates)
+    return (n + 1, params, jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, ema, params), opt), {"loss": loss}
+
+
+def own(calls, devices=None, K=1, **options):
+    "A dict of arrays: what so many calls of K steps of `own_step` give; and what one device holds, and whether memory was used again."
+    jax.config.update("jax_enable_x64", True)
+    rule = optax.sgd(0.1, momentum=0.9)
+    run = DataParallel(partial(own_step, rule), jax.devices()[:devices] if devices else None, **options)
+    params = Small(jnp.float64).init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    state, losses, deleted = run.replicate((jnp.int32(0), params, params, rule.init(params))), [], True
+    rows = host_rows(16)
+    batches = np.random.default_rng(2).standard_normal((calls * K, 16, 8, 8, 1))[:, rows.start:rows.stop]
+    index = np.tile(np.arange(rows.start, rows.stop, dtype=np.int32), (calls * K, 1))
+    held = lambda: np.array(sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(state)))
+    first = held()
+    for k in range(0, calls * K, K):
+        old = jax.tree.leaves(state)
+        state, metrics = run(state, np.array([0, 5], np.uint32), index[k:k + K], batches[k:k + K])
+        losses += np.asarray(metrics["loss"]).tolist()
+        deleted &= all(x.is_deleted() for x in old)
+    whole = run.one_copy(state)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    return {"params": flat(whole[1]), "ema": flat(whole[2]), "opt": flat(whole[3]), "losses": np.array(losses), "levels": np.zeros(1), "step": np.array(int(whole[0])), "held": held(), "first": first,
+            "whole": np.array(sum(x.nbytes for x in jax.tree.leaves(whole))), "deleted": np.array(deleted), "programs": np.array(run.program._cache_size() if hasattr(run.program, "_cache_size") else 0),
+            "after": flat(run.one_copy(run.replicate(whole)))}
+
+
 def main(out, cases, host=None):
     "Run the named cases one after the other; `host` is what `start_hosts` is given."
     warnings.simplefilter("error", DeprecationWarning)
@@ -67,7 +106,8 @@ def main(out, cases, host=None):
     results = {}
     for name, case in cases.items():
         print("case", name, flush=True)
-        results |= {f"{name}/{key}": value for key, value in train(**case).items()}
+        kind = own if "calls" in case else train
+        results |= {f"{name}/{key}": value for key, value in kind(**case).items()}
     np.savez(out, **results)
 
 

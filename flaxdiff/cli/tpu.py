@@ -44,11 +44,19 @@ def _check(what, value):
         return value
     raise ValueError(f"{what} must be {wanted}; got {value!r}")
 
-def _not_a_flag(what, *values):
-    "A `ValueError` for a word that gcloud or a shell's command would take for an option of its own."
+def _check_line(what, *values):
+    "A `ValueError` for what is no line of text, or what gcloud or a shell would take for an option."
     for value in values:
+        if not isinstance(value, str) or not value.strip() or re.search(r"[\x00-\x1f\x7f]", value):
+            raise ValueError(f"{what} must be one line of text, got {value!r}")
         if value.startswith("-"):
             raise ValueError(f"{what} must not begin with a hyphen, got {value!r}; a file: ./{value}")
+
+def _check_list(what, values):
+    "`values` as a list of texts; a `ValueError` for a single text, whose letters would be taken for words."
+    if isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values):
+        return list(values)
+    raise ValueError(f"{what} must be a list of texts, got {values!r}")
 
 # %% ../../nbs/40_tpu.ipynb #51f89271
 def tpu_command(
@@ -85,6 +93,7 @@ def create_tpu(
         raise ValueError(f"version must be given for {accelerator_type}; it is known for {known} only")
     if spot and reserved:
         raise ValueError("spot and reserved exclude each other, got both; give one")
+    words = _check_list("words", words)
     version = _check("version", RUNTIMES[generation] if version is None else version)
     flags = [f"--accelerator-type={accelerator_type}", *["--spot"] * spot, *["--reserved"] * reserved]
     if queued:
@@ -142,7 +151,7 @@ def run_on_tpu(
     **place,  # zone and project
 ):
     "Run a command on all workers at once; several need your key: ssh-add ~/.ssh/google_compute_engine."
-    words = [words] if isinstance(words, str) else list(words)
+    words = [words] if isinstance(words, str) else _check_list("words", words)
     if not words or not words[0].strip():
         raise ValueError(f"words must be a command to run, such as -- hostname; got {words!r}")
     line = words[0] if len(words) == 1 else shlex.join(words)
@@ -160,6 +169,7 @@ def ssh_tpu(
     if not _check("worker", worker).isdigit():
         raise ValueError(f"worker must be one number to log in, got {worker!r}; for several: run")
     command = tpu_command("ssh", _check("name", name), f"--worker={worker}", **place)
+    words = _check_list("words", words)
     return [[*command, "--", *words] if words else command]
 
 # %% ../../nbs/40_tpu.ipynb #2b407209
@@ -171,15 +181,15 @@ def copy_files(
     **place,  # zone and project
 ):
     "Copy files to all workers of a TPU, or from one of them."
-    paths = [*sources, destination]
-    _not_a_flag("a path", *paths)
-    remote = [re.match(r"([^/.:][^/:]*):", path) for path in paths]
+    paths = [*_check_list("sources", sources), destination]
+    remote = [re.match(r"([^/.:][^/:]*):", str(path)) for path in paths]
     up = bool(remote[-1])
     names = {match[1] for match in remote if match}
     if len(names) != 1 or any(bool(match) == up for match in remote[:-1]):
         raise ValueError("destination, or else all sources, must lie on one TPU, as in my-tpu:runs; "
-                         f"got {' '.join(paths)!r}")
+                         f"got {' '.join(map(str, paths))!r}")
     _check("name", *names)
+    _check_line("a path", *paths)
     if worker is None:
         worker = "all" if up else "0"
     if not _check("worker", worker).isdigit() and not up:
@@ -199,7 +209,7 @@ def set_up_tpu(
     **place,  # zone and project
 ):
     "Install Python, jax[tpu] and flaxdiff in ~/flaxdiff-env on every worker, pinned; then count the chips."
-    _not_a_flag("package", package)
+    _check_line("package", package)
     install = " && ".join([
         f"curl -LsSf https://astral.sh/uv/{UV}/install.sh -o ~/.uv-install.sh",
         "sh ~/.uv-install.sh",
@@ -222,9 +232,10 @@ def mount_bucket(
     **place,  # zone and project
 ):
     "Mount a bucket by gcsfuse, installed where missing. Source: Google Cloud, Cloud Storage FUSE."
+    _check_line("bucket", bucket)
     bucket = _check("bucket", bucket.removeprefix("gs://"))
-    folder = folder or f"~/{bucket}"
-    _not_a_flag("folder", folder)
+    folder = f"~/{bucket}" if folder is None else folder
+    _check_line("folder", folder)
     folder = "~/" + shlex.quote(folder[2:]) if folder.startswith("~/") else shlex.quote(folder)
     installed = f"{{ command -v gcsfuse > /dev/null || {{ {_GCSFUSE}; }}; }}"
     mounted = f"{{ mountpoint -q {folder} || gcsfuse --implicit-dirs {bucket} {folder}; }}"
@@ -237,7 +248,7 @@ def train_on_tpu(
     **place,  # zone and project
 ):
     "Start flaxdiff-train on all workers, in the background; look by `run NAME -- tail flaxdiff-train.log`."
-    if not words:
+    if not _check_list("words", words):
         raise ValueError("words must be flags of flaxdiff-train, such as -- --out runs/digits; got none")
     command = f"{ENV}/bin/flaxdiff-train {shlex.join(words)}"
     background = f"nohup {command} > ~/flaxdiff-train.log 2>&1 < /dev/null & echo process $!"
