@@ -236,7 +236,8 @@ def describe(
     described = {"class": word,
                  "arguments": {key: to_json(f"{name}.{key}", v) for key, v in arguments_of(part).items()}}
     if not is_same(rebuild(name, described), part):
-        raise ValueError(f"{name} must be as its constructor made it, got a {word} that was changed since")
+        raise ValueError(f"{name} must be what its arguments make, got a {word} that was changed since, or was "
+                         "given numbers that are not plain ones")
     return described
 
 # %% ../nbs/44_pretrained.ipynb #467fdcc0

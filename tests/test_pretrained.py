@@ -94,19 +94,21 @@ def test_parameters_that_were_16_bits_stay_so(parts, tmp_path):
 
 def test_conditions_encoder_and_numbers_are_kept(parts, tmp_path):
     network = SimpleUNet(1, 8, (4,), ({"heads": 2}, {"heads": 2}), 1, norm_groups=2, dtype=jnp.bfloat16)
-    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, 3, 5)))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, 3, 5)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     save_model(tmp_path / "model", network, params, *parts[2:], encoder="bert", conditions=["textcontext"])
     model = load_model(tmp_path / "model")
     assert model.conditions == ("textcontext",) and model.encoder == "bert" and model.model.module == network
     text = np.ones((2, 3, 5), np.float32)
-    images = model.sampler("ddim", eta=0.5).generate_images(2, 3, rng=0, conditioning={"textcontext": text})
-    assert images.shape == (2, *SHAPE)
+    denoiser = model.denoiser
+    x0, _ = jax.eval_shape(lambda x: denoiser(x, 0.5, {"textcontext": text}), np.ones((2, *SHAPE), np.float32))
+    assert x0.shape == (2, *SHAPE)
 
 
 # ---------------------------------------------------------------- the words
 
 @over(schedule=ALL_SCHEDULES | {"betas": DiscreteNoiseScheduler(np.linspace(1e-4, 0.02, 30)), "zero": DiscreteNoiseScheduler(np.full(9, 0.3, np.float32), True),
-                                "by place": EDMNoiseScheduler(2, 0.01, 40, 5, 0.3, -1, 1), "whole": CosineNoiseSchedule(np.int64(20), s=np.float32(0.1))})
+                                "by place": EDMNoiseScheduler(2, 0.01, 40, 5, 0.3, -1, 1), "whole": CosineNoiseSchedule(np.int64(20), s=0.1)})
 def test_every_schedule_is_made_again_from_words(schedule):
     again = rebuild("noise_schedule", json.loads(json.dumps(describe("noise_schedule", schedule), allow_nan=False)))
     t = np.linspace(schedule.min_time, schedule.max_timesteps, 1001)
@@ -164,7 +166,7 @@ def test_what_was_changed_after_it_was_made_is_refused(parts, tmp_path):
     schedule.sigma_max = 40
     predictor.log_alpha_bar = predictor.log_alpha_bar * 2
     for changed in (schedule, predictor):
-        with pytest.raises(ValueError, match="noise_schedule must .*changed"): save_model(tmp_path / "model", *parts[:2], changed, *parts[3:])
+        with pytest.raises(ValueError, match="noise_schedule must .*changed since"): save_model(tmp_path / "model", *parts[:2], changed, *parts[3:])
     sharp = KarrasEDMPredictor(0.5)
     sharp.sigma_data = 0.3  # read as it is
     assert rebuild("model_output_transform", describe("model_output_transform", sharp)).sigma_data == 0.3
