@@ -236,8 +236,8 @@ def describe(
     described = {"class": word,
                  "arguments": {key: to_json(f"{name}.{key}", v) for key, v in arguments_of(part).items()}}
     if not is_same(rebuild(name, described), part):
-        raise ValueError(f"{name} must be what its arguments make, got a {word} that was changed since, or was "
-                         "given numbers that are not plain ones")
+        raise ValueError(f"{name} must be what its arguments make, got a {word} that was changed since, or "
+                         "was given numbers that are not plain ones")
     return described
 
 # %% ../nbs/44_pretrained.ipynb #467fdcc0
@@ -323,7 +323,8 @@ def check_texts(
         raise ValueError(f"encoder must be a name or None, got {encoder!r}")
     if isinstance(conditions, str) or not all(isinstance(name, str) for name in conditions):
         raise ValueError(f"conditions must be a list of names, got {conditions!r}")
-    if not isinstance(card, Mapping) or not all(isinstance(word, str) for row in card.items() for word in row):
+    is_card = isinstance(card, Mapping)
+    if not is_card or not all(isinstance(word, str) for row in card.items() for word in row):
         raise ValueError(f"card must be a dict of texts, such as {{'licence': 'MIT'}}, got {card!r}")
 
 def check_parts(
@@ -460,6 +461,7 @@ def find_model(
     raise ValueError("path_or_name must be a folder that save_model wrote, or the name of a shipped model "
                      f"({', '.join(shipped)}), got {name!r}{hint}")
 
+# %% ../nbs/44_pretrained.ipynb #91ced86f
 def read_description(
     path: Path,  # a config.json
 ) -> dict[str, Any]:

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['NOT_OF_THE_MODEL', 'DATA', 'train_command', 'make_card', 'export_parser', 'export_run', 'export_main']
 
-# %% ../../nbs/46_export.ipynb #76f70abc
+# %% ../../nbs/46_export.ipynb #6d5897ba
 import dataclasses
 import shlex
 from pathlib import Path
 
 import jax
 
-# %% ../../nbs/46_export.ipynb #e593c19e
+# %% ../../nbs/46_export.ipynb #ef1bcef5
 from . import CommandParser, open_console
 from .sample import checkpoint_step, run_model
 from .train import local_path, read_config, read_summary, run_command
 from ..pretrained import save_model
 
-# %% ../../nbs/46_export.ipynb #85b2e017
+# %% ../../nbs/46_export.ipynb #056ce673
 NOT_OF_THE_MODEL = ("data_dir", "tensorboard", "wandb")
 
 def train_command(
@@ -37,11 +37,11 @@ def train_command(
             words.append(f"--{flag} {shlex.quote(text)}")
     return " ".join([*words, "--out RUN"])
 
-# %% ../../nbs/46_export.ipynb #56ed11cb
+# %% ../../nbs/46_export.ipynb #f6c6b9d2
 DATA = {"digits": {
     "what": "Handwritten digits, 8 × 8 pixels, of one grey channel; for teaching and for tests.",
-    "data": "The digits of scikit-learn, 1,797 images: a copy of the test set of Optical Recognition of Handwritten "
-            "Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, "
+    "data": "The digits of scikit-learn, 1,797 images: a copy of the test set of Optical Recognition of "
+            "Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, "
             "https://doi.org/10.24432/C50P49",
     "licence": "the data: CC BY 4.0 (UCI Machine Learning Repository)"}}
 
@@ -52,11 +52,13 @@ def make_card(
     said=(),  # texts KEY=TEXT, which go before what is known
 ):
     "What a model card can say of a run, by name."
-    card = {"what": f"A diffusion model of images, trained on {config.dataset}.", **DATA.get(config.dataset, {}),
-            "command": f"`{train_command(config)}`", "seed": str(config.seed), "updates": str(step)}
+    card = {"what": f"A diffusion model of images, trained on {config.dataset}.",
+            **DATA.get(config.dataset, {}), "command": f"`{train_command(config)}`",
+            "seed": str(config.seed), "updates": str(step)}
     summary = read_summary(run)
     if summary:
-        card["time"] = f"{summary['seconds']:.0f} s for {summary['steps']} updates on {summary.get('devices', 1)} device(s)"
+        where = f"on {summary.get('devices', 1)} device(s)"
+        card["time"] = f"{summary['seconds']:.0f} s for {summary['steps']} updates {where}"
     for text in said:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not value.strip():
@@ -64,20 +66,23 @@ def make_card(
         card[key.strip()] = value.strip()
     return card
 
-# %% ../../nbs/46_export.ipynb #ad5e04ef
+# %% ../../nbs/46_export.ipynb #f8e1ed52
 def export_parser():
     "The flags of `flaxdiff-export`."
     parser = CommandParser("flaxdiff-export", usage="flaxdiff-export RUN PATH [FLAGS]",
-                           description="Make a model of a training run: a folder that flaxdiff-sample and load_model take.",
-                           epilog="Afterwards: flaxdiff-sample PATH, or flaxdiff.pretrained.load_model(PATH) in Python.")
+                           description="Make a model of a training run: a folder that draws anywhere.",
+                           epilog="Afterwards: flaxdiff-sample PATH, or in Python "
+                                  "flaxdiff.pretrained.load_model(PATH).")
     add = parser.add_argument
     add("run", metavar="RUN", help="folder that flaxdiff-train wrote")
-    add("path", metavar="PATH", help="folder to write: model.safetensors, config.json and README.md; it must be new")
-    add("--checkpoint", type=checkpoint_step, metavar="N", help="the number of a step, or best (default: the last)")
+    add("path", metavar="PATH",
+        help="folder to write: model.safetensors, config.json and README.md; it must be new")
+    add("--checkpoint", type=checkpoint_step, metavar="N",
+        help="the number of a step, or best (default: the last)")
     add("--dtype", choices=["float16", "bfloat16"],
         help="write the parameters in two bytes each (default: as they were trained)")
     add("--card", action="append", default=[], metavar="KEY=TEXT",
-        help="say something in the model card, such as licence=MIT or data='my holiday pictures'; may be repeated")
+        help="say something in the model card, such as licence=MIT or data='my own photos'; may be repeated")
     return parser
 
 def export_run(
@@ -94,7 +99,8 @@ def export_run(
                model.image_shape, card=card, dtype=args.dtype)
     size = sum(file.stat().st_size for file in path.iterdir())
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    print(f"{args.path}: {count:,} parameters of step {step}, {size / 1e6:.2f} MB; draw: flaxdiff-sample {args.path}")
+    print(f"{args.path}: {count:,} parameters of step {step}, {size / 1e6:.2f} MB; "
+          f"draw by: flaxdiff-sample {args.path}")
 
 def export_main(
     argv=None,  # the words after the command's name; sys.argv by default

@@ -31,10 +31,10 @@ from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, un
 from ..trainer import checkpoints
 from ..utils import check_choice, check_positive_int
 
-# %% ../../nbs/39_sample.ipynb #76d6c11f
+# %% ../../nbs/39_sample.ipynb #c6c2d8fd
 _all_ = ["SAMPLERS"]  # which had its place here once
 
-# %% ../../nbs/39_sample.ipynb #99ffc98c
+# %% ../../nbs/39_sample.ipynb #ae0ec2e4
 def checkpoint_step(
     text,  # of a flag
 ):
@@ -94,8 +94,8 @@ def open_model(
     "The `PretrainedModel` of any of the three; a `ValueError` that says what there is."
     path = local_path("RUN", source) / "config.json"
     if not path.exists() and str(source) not in shipped_models():
-        raise ValueError("RUN must be a folder that flaxdiff-train or flaxdiff-export wrote, or the name of a "
-                         f"shipped model ({', '.join(shipped_models())}), got {source}")
+        raise ValueError("RUN must be a folder that flaxdiff-train or flaxdiff-export wrote, or the name "
+                         f"of a shipped model ({', '.join(shipped_models())}), got {source}")
     if is_run(path):
         return run_model(source, checkpoint)[0]
     if checkpoint is not None:
@@ -257,8 +257,9 @@ def sample_parser():
                            epilog="Solvers are also understood by names of other programs: "
                                   f"{', '.join(sorted(ALIASES))}; with ' karras' at the end, too.")
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder that flaxdiff-train or flaxdiff-export wrote, or the name of a model "
-        f"that comes with the package: {', '.join(shipped_models())}")
+    add("run", metavar="RUN",
+        help="folder that flaxdiff-train or flaxdiff-export wrote, or the name of a model "
+             f"that comes with the package: {', '.join(shipped_models())}")
     add("--checkpoint", type=checkpoint_step, metavar="N",
         help="of a run: the number of a step, or best (default: the last)")
     add("--sampler", default="heun", metavar="NAME",
