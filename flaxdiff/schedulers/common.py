@@ -64,6 +64,8 @@ def check_rising(
 # %% ../../nbs/01_forward.ipynb #aba1de39
 class KeepsArguments:
     "An object that keeps what its constructor was given as `arguments`, so that it can be made again."
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]  # what its constructor was given, by place and by name
+
     def __new__(cls, *args: Any, **options: Any) -> Any:
         self = super().__new__(cls)
         self.arguments = args, options
