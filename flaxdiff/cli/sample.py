@@ -72,6 +72,7 @@ def _load_average(folder, step):
     state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
     return state["ema_params"], step
 
+# %% ../../nbs/39_sample.ipynb #3c95c009
 def run_model(
     run,  # the folder of a run
     checkpoint=None,  # the number of a step, or "best"; the last by default
