@@ -39,7 +39,7 @@ setup(
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
-    package_data={"flaxdiff": ["py.typed"]},
+    package_data={"flaxdiff": ["py.typed", "shipped/*/*"]},
     include_package_data=True,
     zip_safe=False,
 )

@@ -7,18 +7,19 @@ import shutil
 import struct
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from flaxdiff.cli import sample as sampling
-from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, sample_parser,
+from flaxdiff.cli.export import export_main, make_card, train_command
+from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, open_model, sample_parser,
                                  sampler_of)
 from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate, local_path, make_trainer, read_settings,
                                 run_folder, save_grid)
 from flaxdiff.predictors import X0Predictor
+from flaxdiff.pretrained import PretrainedModel, SizedNetwork, load_model
 from flaxdiff.training import TrainConfig, fingerprint, load_run, read_config, sample_main, train_main, train_parser, train_run
 
 TINY = TrainConfig(steps=20, batch_size=16, features=(8,), attention_levels=1, heads=2, emb_features=16, checkpoint_every=5, report_every=4, sample_every=10)
@@ -241,7 +242,8 @@ def test_home_is_expanded(finished, tmp_path, monkeypatch, capsys):
     (["--save", "."], "--save"), (["--grid", "steps"], "--grid"), (["--sampler", "dpmpp_2s_ancestral"], "dpmpp_2s"), (["--sampler", ""], "--sampler"),
     (["--sampler", "ddim", "--eta", "nan"], "--eta"), (["--sampler", "ddim", "--eta", "2"], "--eta"), (["--sampler", "edm", "--s-churn", "inf"], "--s-churn"),
     (["--sampler", "unipc", "--order", "9"], "--order"), (["--eta", "1"], "--frame"), (["--sampler", "euler", "--order", "2"], "none"),
-    (["--sampler", "unipc", "--no-multistep"], "--corrector"), (["--sampler", "dpmpp_2m", "--order", "3"], "--order"),
+    (["--sampler", "unipc", "--no-multistep"], "--corrector"), (["--sampler", "dpm-solver++", "--eta", "0.5"], "--eta"),
+    (["--checkpoint", "7"], "--checkpoint"), (["--checkpoint", "last"], "--checkpoint"), (["--checkpoint", "0"], "--checkpoint"), (["--checkpoint", "-5"], "--checkpoint"), (["--sampler", "dpmpp_2m", "--order", "3"], "--order"),
     (["--sampler", "dpm++ 2m karras", "--grid", "uniform"], "--grid")])
 def test_bad_requests_are_one_line_that_names_the_flag(finished, words, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -259,7 +261,7 @@ def bare(program, **env):
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=300)
 
 
-@pytest.mark.parametrize("module, main", [("train", "train_main"), ("sample", "sample_main"), ("tpu", "tpu_main")])
+@pytest.mark.parametrize("module, main", [("train", "train_main"), ("sample", "sample_main"), ("tpu", "tpu_main"), ("export", "export_main")])
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_help_on_a_console_that_is_not_utf8(module, main, encoding):
     done = bare(f"from flaxdiff.cli.{module} import {main}; {main}(['--help'])", PYTHONIOENCODING=encoding)
@@ -354,7 +356,8 @@ def test_the_tables_say_what_the_solvers_take(finished):
     for option, row in OPTIONS.items():
         value = row.choices[0] if row.choices else VALUES[row.kind]
         for name in SAMPLERS:
-            if name in row.samplers: assert sampler_of(trainer, name, **{option: value})
+            if (option, name) == ("eta", "dpm-solver++"): assert sampler_of(trainer, name, eta=value, stochastic=True)  # of its SDE alone
+            elif name in row.samplers: assert sampler_of(trainer, name, **{option: value})
             elif (option, name) not in (("order", "plms"), ("order", "pndm"), ("order", "multistep-dpm")):  # theirs is fixed
                 if (option, name) == ("frame", "plms") or (option, name) == ("frame", "pndm"): continue
                 with pytest.raises((TypeError, ValueError)): sampler_of(trainer, name, **{option: value})
@@ -378,9 +381,8 @@ def exact_run(monkeypatch):
     "Sampling from any RUN is from the best denoiser, on the named schedule."
     def choose(name):
         schedule = SCHEDULES[name]()
-        trainer = SimpleNamespace(model=Best(schedule), state=SimpleNamespace(ema_params={}), noise_schedule=schedule,
-                                  model_output_transform=X0Predictor(), config={"features": [8]})
-        monkeypatch.setattr(sampling, "load_run", lambda run: trainer)
+        model = PretrainedModel(SizedNetwork(Best(schedule), (8, 8, 1)), {}, schedule, X0Predictor(), (8, 8, 1))
+        monkeypatch.setattr(sampling, "open_model", lambda run, checkpoint: model)
     return choose
 
 
@@ -419,3 +421,101 @@ def test_enough_levels_bring_no_warning(exact_run, tmp_path, monkeypatch, capsys
     exact_run("edm")
     sample_main("RUN --sampler euler-maruyama --steps 100 --num 2".split())
     assert not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- runs, exported folders, shipped models
+
+def drawn(words, path):
+    "The images that flaxdiff-sample saves."
+    sample_main([str(word) for word in (*words, "--num", 3, "--steps", 4, "--out", path / "a.png", "--save", path / "a.npy")])
+    return np.load(path / "a.npy")
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    "A finished run on a folder of pictures that is gone: its folder."
+    base = tmp_path_factory.mktemp("moved")
+    (base / "pictures").mkdir()
+    for i in range(20): PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(base / "pictures" / f"{i}.png")
+    config = dataclasses.replace(TINY, dataset=f"folder:{base / 'pictures'}", image_size=8, channels=1, steps=10)
+    train_run(config, base / "run", progress=False)
+    shutil.rmtree(base / "pictures")
+    return base / "run"
+
+
+def test_a_run_whose_pictures_are_gone_samples_and_is_exported(moved, tmp_path):
+    images = drawn([moved], tmp_path)
+    trainer = load_run(moved)
+    assert np.array_equal(images, sampler_of(trainer, "heun").generate_images(3, 4, rng=0))
+    export_main([str(moved), str(tmp_path / "model")])
+    assert np.array_equal(drawn([tmp_path / "model"], tmp_path), images)
+
+
+def test_sampling_and_exporting_need_neither_data_nor_optimizer(finished, tmp_path, monkeypatch):
+    def never(*args, **options): raise AssertionError("not needed")
+    for name in ("open_data", "make_optimizer", "DiffusionTrainer"): monkeypatch.setattr(f"flaxdiff.cli.train.{name}", never)
+    a = drawn([finished[0]], tmp_path)
+    export_main([str(finished[0]), str(tmp_path / "model")])
+    assert np.array_equal(drawn([tmp_path / "model"], tmp_path), a)
+
+
+def test_any_checkpoint_can_be_drawn_from(finished, tmp_path):
+    steps = sorted(int(path.name) for path in (finished[0] / "checkpoints").iterdir() if path.name.isdigit())
+    images = {step: drawn([finished[0], "--checkpoint", step], tmp_path) for step in steps}
+    assert len(steps) > 1 and not np.array_equal(images[steps[0]], images[steps[-1]])
+    assert np.array_equal(drawn([finished[0]], tmp_path), images[steps[-1]])
+    assert any(np.array_equal(drawn([finished[0], "--checkpoint", "best"], tmp_path), other) for other in images.values())
+    export_main([str(finished[0]), str(tmp_path / "early"), "--checkpoint", str(steps[0])])
+    assert np.array_equal(drawn([tmp_path / "early"], tmp_path), images[steps[0]])
+    assert load_model(tmp_path / "early").card["updates"] == str(steps[0])
+
+
+def test_a_shipped_model_is_drawn_from_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = drawn(["digits"], tmp_path)
+    assert np.array_equal(images, load_model("digits").sampler("heun").generate_images(3, 4, rng=0))
+
+
+def test_what_can_be_drawn_from_is_said(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(sample_main, ["digit"], "RUN must be", capsys)
+    refused(sample_main, ["digit"], "digits", capsys)
+    refused(sample_main, [""], "RUN", capsys)
+    refused(sample_main, ["digits", "--checkpoint", "best"], "--checkpoint", capsys)
+    (tmp_path / "config.json").write_text('{"hidden_size": 3}')
+    refused(sample_main, ["."], "hidden_size", capsys)
+    (tmp_path / "config.json").write_text('{')
+    refused(sample_main, ["."], "config.json", capsys)
+    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    for command, words in ((sample_main, ["run"]), (export_main, ["run", "model"])): refused(command, words, "checkpoint", capsys)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("words, named", [
+    (["RUN", "there"], "path must be a new folder"), (["RUN", ""], "PATH"), (["RUN", "gs://bucket/model"], "PATH"), (["there", "new"], "RUN"), (["digits", "new"], "RUN"), (["", "new"], "RUN"),
+    (["RUN"], "PATH"), ([], "RUN"), (["RUN", "new", "--checkpoint", "7"], "--checkpoint"), (["RUN", "new", "--checkpoint", "last"], "--checkpoint"), (["RUN", "new", "--dtype", "int8"], "--dtype"),
+    (["RUN", "new", "--card", "MIT"], "--card"), (["RUN", "new", "--card", "=MIT"], "--card"), (["RUN", "new", "--card", "licence="], "--card")])
+def test_bad_exports_are_one_line_that_names_the_flag(words, named, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+    refused(export_main, [finished[0] if word == "RUN" else word for word in words], named, capsys)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "there"]
+
+
+def test_an_exported_card_says_how_it_was_made(finished, tmp_path, capsys):
+    export_main([str(finished[0]), str(tmp_path / "model"), "--dtype", "float16", "--card", "device=a pocket calculator", "--card", "licence=MIT = fine"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    model = load_model(tmp_path / "model")
+    assert {"command", "seed", "updates", "time", "data", "what"} < set(model.card) and model.card["device"] == "a pocket calculator" and model.card["licence"] == "MIT = fine"
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert stored["halved"] == "float16" and model.image_shape == (8, 8, 1)
+    again = vars(train_parser().parse_args(train_command(TINY).split()[1:]))
+    assert again.pop("out") == "RUN" and TrainConfig(**again) == TINY
+
+
+def test_a_command_says_every_setting_that_is_not_the_default():
+    config = TrainConfig(dataset="folder:my pictures", flip=True, tensorboard=False, features=(8, 16), loss="elbo", clip=0.5, data_dir="/mine", ema_profiles=(0.1,), uncertainty=False)
+    line = train_command(config)
+    assert "--dataset 'folder:my pictures'" in line and "--flip" in line and "--features 8,16" in line and "--clip 0.5" in line and "--ema-profiles 0.1" in line
+    assert "mine" not in line and "tensorboard" not in line and "uncertainty" not in line and "--steps" not in line
