@@ -91,7 +91,7 @@ def as_array(
     "A NumPy or JAX array."
     return value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
 
-# %% ../../nbs/35_trainer.ipynb #4e538817
+# %% ../../nbs/35_trainer.ipynb #ceab9e46
 def check_condition(
     name: str,  # its key in the batch
     rows: Any,  # what was given
@@ -107,7 +107,7 @@ def check_condition(
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     return rows
 
-# %% ../../nbs/35_trainer.ipynb #c35aa9e7
+# %% ../../nbs/35_trainer.ipynb #178b285b
 class ReadyBatch(NamedTuple):
     "A batch that was checked, with the leading axis of a call; perhaps on its way to the device."
     image: Any  # (1, b, H, W, C)
@@ -132,9 +132,12 @@ def stack_batches(
         return rows[0] if K == 1 else (jnp if isinstance(rows[0], jax.Array) else np).concatenate(rows)
     return index, tuple(jax.tree.map(join, *batches))
 
-# %% ../../nbs/35_trainer.ipynb #abeab7da
+# %% ../../nbs/35_trainer.ipynb #76dc8989
 class BatchReader:
     "The batches that a `fit` will use, checked and ready; nothing beyond them is read."
+    get_state: Callable[[], Any]  # the data's own, where they have it
+    set_state: Callable[[Any], Any]  # the data's own, where they have it
+
     def __init__(self,
                  trainer: Any,  # a `DiffusionTrainer`; its first batch initializes it
                  data: Iterator,  # of batches
@@ -164,8 +167,8 @@ class BatchReader:
 def send_ahead(
     reader: BatchReader,  # of batches
     devices: Sequence,  # that are trained on
-) -> Iterator[ReadyBatch]:
-    "Its batches; for a device alone each is sent there while the step before it runs."
+) -> Any:
+    "Its batches, an iterator; for a device alone each is sent there while the step before it runs."
     return prefetch_to_device(reader, 1, devices[0]) if len(devices) == 1 else reader
 
 # %% ../../nbs/35_trainer.ipynb #fc30f5b0
@@ -195,7 +198,7 @@ def complete_options(
     "Put in what was left out; a `ValueError` where things do not fit together."
     if trainer.noise_schedule is None:
         raise ValueError("noise_schedule must be given, for instance EDMNoiseScheduler()")
-    rate = trainer.learning_rate
+    rate: Any = trainer.learning_rate
     if rate is not None and not callable(rate):
         check_real("learning_rate", rate, 0)
     trainer.optimizer = trainer.optimizer or optax.adam(2e-4 if rate is None else rate)
@@ -206,7 +209,8 @@ def complete_options(
     trainer.ema_profiles = tuple(trainer.ema_profiles)
     trainer.devices = check_devices(trainer.devices)
     check_choice("how", trainer.how, ("pmap", "shard_map", "jit"))
-    check_flag("fsdp", trainer.fsdp)
+    if check_flag("fsdp", trainer.fsdp) and trainer.how != "jit":
+        raise ValueError(f"fsdp=True needs how='jit', got how={trainer.how!r}")
     check_positive_int("steps_per_dispatch", trainer.steps_per_dispatch)
 
 # %% ../../nbs/35_trainer.ipynb #6cf74213
@@ -223,7 +227,7 @@ def open_run(
                          "it nothing is saved")
     return None
 
-# %% ../../nbs/35_trainer.ipynb #347127ee
+# %% ../../nbs/35_trainer.ipynb #8d16248e
 def key_like(
     numbers: Any,  # the data of a key, as a checkpoint holds it
     key: Any,  # of the kind wanted
@@ -264,7 +268,7 @@ def step_without_types(
         return without_types(state), metrics
     return plain_step
 
-# %% ../../nbs/35_trainer.ipynb #452bd4d7
+# %% ../../nbs/35_trainer.ipynb #28325677
 class StateOnDevices:
     "A `TrainState` that steps use up, a copy on each device; what was handed out is copied before that."
     def __init__(self,
@@ -316,7 +320,7 @@ class StateOnDevices:
         self.step += len(index)
         return metrics
 
-# %% ../../nbs/35_trainer.ipynb #70254553
+# %% ../../nbs/35_trainer.ipynb #8a8cb880
 def check_like(
     name: str,  # what the error should call it
     tree: Any,  # of arrays
@@ -358,7 +362,7 @@ WEIGHT_READERS: list[tuple[Callable[[Path], bool], Callable[[Path], Any]]] = [
     (lambda folder: (folder / "checkpoints").is_dir(), lambda folder: read_weights(folder / "checkpoints")),
 ]  # (whether it can read a folder, how); another kind of folder is one more line
 
-# %% ../../nbs/35_trainer.ipynb #57c7ec0e
+# %% ../../nbs/35_trainer.ipynb #a94d95b8
 def align_record(
     record: TrainingRecord,  # of a trainer
     step: int,  # updates that its state has made
@@ -368,17 +372,18 @@ def align_record(
     record.losses += [math.nan] * (step - len(record.losses))
     record.history[:] = [row for row in record.history if row["step"] <= step]
 
-# %% ../../nbs/35_trainer.ipynb #b202cba3
+# %% ../../nbs/35_trainer.ipynb #73fede22
 def last_rate(
     trainer: Any,  # a `DiffusionTrainer`
 ) -> float | None:
     "The learning rate of the last update, where the optimizer's state or the trainer's schedule tells it."
-    if callable(trainer.learning_rate):
+    rate: Any = trainer.learning_rate
+    if callable(rate):
         skipped = int(trainer.training.look().skipped)
-        return float(trainer.learning_rate(max(trainer.steps_done - skipped - 1, 0)))
-    if trainer.learning_rate is not None:
-        return float(trainer.learning_rate)
-    rates = optax.tree.get_all_with_path(trainer.training.look().opt_state, "learning_rate")
+        return float(rate(max(trainer.steps_done - skipped - 1, 0)))
+    if rate is not None:
+        return float(rate)
+    rates: Any = optax.tree.get_all_with_path(trainer.training.look().opt_state, "learning_rate")
     return float(rates[0][1]) if rates else None
 
 def checkpoint_loss(
@@ -393,12 +398,12 @@ def checkpoint_loss(
         return math.inf
     return history[-1].get("validation_loss", math.inf)
 
-# %% ../../nbs/35_trainer.ipynb #b1709083
+# %% ../../nbs/35_trainer.ipynb #abf247f4
 def initialize_trainer(
     trainer: Any,  # a `DiffusionTrainer`
     batch: Any,  # images (B, H, W, C), or a dict with `image` and conditions
-) -> None:
-    "Make fresh parameters for batches of this shape."
+) -> Any:
+    "Make fresh parameters for batches of this shape; returns the `StateOnDevices`."
     image, conditions = trainer.split_batch(batch)
     recipe = trainer.make_recipe()
     state = init_state(recipe, trainer.key, image, conditions)
@@ -408,6 +413,7 @@ def initialize_trainer(
     step = partial(training_step, recipe)
     trainer.training = StateOnDevices(step, state, trainer.devices, trainer.how, trainer.fsdp)
     forget(trainer)
+    return trainer.training
 
 def forget(
     trainer: Any,  # a `DiffusionTrainer`
@@ -433,7 +439,7 @@ def write_down(
         trainer.record.add(*trainer.by_hand.fetch())
     return trainer.record
 
-# %% ../../nbs/35_trainer.ipynb #9f243806
+# %% ../../nbs/35_trainer.ipynb #76613fdb
 STATE_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 def make_evaluation(
@@ -478,7 +484,7 @@ def make_callbacks(
     each = [add_rate, trainer.evaluation, *callbacks, bar, on_report, guard]
     return [check_function("each of callbacks", callback) for callback in each if callback is not None]
 
-# %% ../../nbs/35_trainer.ipynb #fedab64e
+# %% ../../nbs/35_trainer.ipynb #62eb8ae6
 def fit_trainer(
     trainer: Any,  # a `DiffusionTrainer`
     data: Iterator,  # of batches
@@ -596,7 +602,7 @@ class TrainerOptions:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         return Recipe(**{**options, "model": self.model.module})
 
-# %% ../../nbs/35_trainer.ipynb #462e1044
+# %% ../../nbs/35_trainer.ipynb #9c345e25
 class DiffusionTrainer(TrainerOptions):
     "Teaches a network to undo noise: sample t, add noise, regress, average over devices, update, EMA."
     def __post_init__(self):
@@ -654,10 +660,9 @@ class DiffusionTrainer(TrainerOptions):
 
     def take_steps(self, batches: Sequence) -> dict[str, jax.Array]:  # of images, of dicts, or ready ones
         "An update for each batch, in one call; returns their metrics, still on their way from the devices."
-        if self.training is None:
-            self.initialize(batches[0])
+        training = self.training or initialize_trainer(self, batches[0])
         ready = [b if isinstance(b, ReadyBatch) else make_ready(*self.split_batch(b)) for b in batches]
-        return self.training.take_steps(jax.random.key_data(self.key), *stack_batches(ready))
+        return training.take_steps(jax.random.key_data(self.key), *stack_batches(ready))
 
     def train_step(self, batch: Any) -> jax.Array:  # images, or a dict with `image`: this host's share
         "One update on all devices; returns the loss, still on its way from the device."
