@@ -83,7 +83,7 @@ class Recipe:
         for name in ("loss_weight", "time_density", "loss"):
             check_function(name, getattr(self, name))
         if self.loss is not None and self.loss_weight is not None:
-            raise ValueError("loss_weight belongs to the library's loss: with loss, leave it out, weight there")
+            raise ValueError("loss_weight is for the library's own loss: with loss, leave it out")
         NetworkCall(self.model)  # a ValueError where it cannot be called
 
     @cached_property
@@ -91,7 +91,7 @@ class Recipe:
         "How the network is called."
         return NetworkCall(self.model)
 
-# %% ../../nbs/31_step.ipynb #feaf53f9
+# %% ../../nbs/31_step.ipynb #7d2d941a
 class Keywords(NamedTuple):
     "The keywords that a function takes beyond its first three arguments."
     names: frozenset[str]  # those that it names
@@ -128,7 +128,7 @@ def join_variables(
     "Variables ready for `apply`."
     return {**trained, **carried} if carried else trained
 
-# %% ../../nbs/31_step.ipynb #1c3ba4d4
+# %% ../../nbs/31_step.ipynb #c6ba1460
 def layer_keys(
     key: jax.Array,  # of one pass through the network
 ) -> dict[str, jax.Array]:
@@ -161,7 +161,7 @@ def same_kind(
                              f"{shapes[1]} after {shapes[0]}")
     return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), before, after)
 
-# %% ../../nbs/31_step.ipynb #b75d4ebd
+# %% ../../nbs/31_step.ipynb #b7a5f86d
 class NetworkCall:
     "How a network is called. What it takes is looked up once, here, and not while a program is traced."
     no_conditions = frozenset({"train", "deterministic", "rngs", "mutable"})
@@ -191,8 +191,8 @@ class NetworkCall:
         for name in conditioning if isinstance(conditioning, Mapping) else ():
             if not self.takes.take(name) or name in self.no_conditions:
                 known = ", ".join(sorted(self.takes.names - self.no_conditions)) or "none"
-                raise ValueError(f"{name!r} is no condition of the network: {type(self.model).__name__} takes "
-                                 f"{known}; leave it out of the batch, or give the network that parameter")
+                raise ValueError(f"{name!r} is no condition of the network: {type(self.model).__name__} "
+                                 f"takes {known}; leave it out of the batch, or give it that parameter")
 
     def mode(self,
              train: bool,  # whether it is being trained
@@ -276,7 +276,7 @@ def draw_batch(
     keys = jax.vmap(partial(jax.random.fold_in, step_key))(index)
     return jax.vmap(partial(draw_example, recipe))(keys, as_floats(images))
 
-# %% ../../nbs/31_step.ipynb #849436f1
+# %% ../../nbs/31_step.ipynb #19a7b65d
 def as_floats(
     images: Any,  # (B, H, W, C), floating point
 ) -> jax.Array:
@@ -304,8 +304,8 @@ def losses_and_carried(
     # Ask the network.
     x_in = (xt * predictor.get_input_scale(alpha, sigma)).astype(x0.dtype)
     key = jax.random.fold_in(keys[0], 2 ** 31) if train and len(keys) else None
-    output, carried = recipe.network.apply(variables, x_in, schedule.network_time(t), conditioning, labels, key,
-                                           train)
+    inputs = x_in, schedule.network_time(t), conditioning, labels
+    output, carried = recipe.network.apply(variables, *inputs, key, train)
     F, v = split_output(output, x0, recipe.learn_variance)
     # Compare.
     target = predictor.get_target(x0, eps, alpha, sigma)
@@ -324,7 +324,7 @@ def loss_per_example(
     "(1) for each example, (B,), of a network that is used and not trained."
     return losses_and_carried(recipe, params, drawn, conditioning)[0]
 
-# %% ../../nbs/31_step.ipynb #20621d6e
+# %% ../../nbs/31_step.ipynb #2a6ad55b
 def split_output(
     output: Any,  # of the network
     x0: jax.Array,  # (B, H, W, C): what it was shown
@@ -399,7 +399,7 @@ def split_params(
     "(the network's parameters, the uncertainty's); the second are () where there are none."
     return (learned, ()) if recipe.uncertainty is None else learned
 
-# %% ../../nbs/31_step.ipynb #b2509fcc
+# %% ../../nbs/31_step.ipynb #a8b74035
 def init_state(
     recipe: Recipe,  # what is to be trained
     key: jax.Array,  # the run's
@@ -429,7 +429,7 @@ def start_state(
     zero = jnp.int32(0)
     return TrainState(zero, params, params, profiles, uncertainty, opt_state, zero, zero)
 
-# %% ../../nbs/31_step.ipynb #7dbeb291
+# %% ../../nbs/31_step.ipynb #799b7f00
 def unread_conditions(
     recipe: Recipe,  # with its network
     params: Any,  # all of the network's variables
@@ -468,7 +468,7 @@ class Gradient(NamedTuple):
     grads: Any  # the gradient of `value`, as what is learned
     carried: dict  # the network's other collections after it
 
-# %% ../../nbs/31_step.ipynb #8596c1d5
+# %% ../../nbs/31_step.ipynb #22ccb032
 def gradient(
     recipe: Recipe,  # what the loss is made of; its `accumulate` is P
     learned: Any,  # of `join_params`
@@ -520,14 +520,15 @@ def update_averages(
     def update(n):
         ema_params = ema_update(state.ema_params, params, n, recipe.ema_decay)
         return ema_params, power_update(state.profiles, params, n, recipe.ema_profiles)
-    counts = [optax.tree.get_all_with_path(memory, "gradient_step") for memory in (state.opt_state, opt_state)]
+    memories = state.opt_state, opt_state
+    counts = [optax.tree.get_all_with_path(memory, "gradient_step") for memory in memories]
     if not counts[0]:
         return update(state.step)
     before, after = (count[0][1] for count in counts)
     old = state.ema_params, state.profiles
     return jax.tree.map(lambda new, old: jnp.where(after > before, new, old), update(before), old)
 
-# %% ../../nbs/31_step.ipynb #94ad8402
+# %% ../../nbs/31_step.ipynb #3900c988
 def keep_finite(
     old: TrainState,  # before the update
     new: TrainState,  # after it
@@ -540,7 +541,7 @@ def keep_finite(
     in_a_row = jnp.where(running & finite, 0, old.in_a_row + bad)
     return kept.replace(step=old.step + running, skipped=old.skipped + bad, in_a_row=in_a_row)
 
-# %% ../../nbs/31_step.ipynb #8738834c
+# %% ../../nbs/31_step.ipynb #333891d8
 def average_collections(
     carried: dict,  # the network's other collections, of this device
     axis: str,  # the name of the devices
@@ -605,8 +606,6 @@ def training_step(
         levels = jax.lax.psum(levels, axis)
         carried = average_collections(carried, axis)
         value = jax.lax.pmean(value, axis)
-    if recipe.uncertainty is None:
-        value = loss
     # The optimizer's update, and the averages of the parameters. Some optimizers ask for the loss.
     optimizer = optax.with_extra_args_support(recipe.optimizer)
     known = {"value": value, "grad": grads, "value_fn": value_at}
