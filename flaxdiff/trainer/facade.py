@@ -31,8 +31,8 @@ from . import checkpoints
 from .checkpoints import by_path
 from .ema import save_snapshot
 from .evaluation import Evaluation, HeldOutLoss
-from .loop import (DivergenceGuard, PendingMetrics, PreemptionFlag, ProgressBar, RunCheckpoints,
-                                   TrainingDiverged, TrainingRecord, finite_mean, move_to, run_loop)
+from .loop import (DivergenceGuard, PendingMetrics, PreemptionFlag, ProgressBar,
+                                   RunCheckpoints, TrainingDiverged, TrainingRecord, finite_mean, move_to, run_loop)
 from .losses import level_edges
 from .parallel import DataParallel
 from .step import (Network, NetworkCall, Recipe, TrainState, check_function, init_state,
@@ -70,8 +70,9 @@ def split_batch(
 ) -> tuple[Any, dict]:
     "(image, conditions by name), or a `ValueError` that says what is wrong with the batch."
     if isinstance(batch, (list, tuple)):
-        raise ValueError(f"data must yield arrays of images, or dicts with 'image', got a "
-                         f"{type(batch).__name__} of {len(batch)}; for images and labels say {{'image': images, 'label': labels}}")
+        kind = f"a {type(batch).__name__} of {len(batch)}"
+        raise ValueError(f"data must yield arrays of images, or dicts with 'image', got {kind}; for images "
+                         "and labels say {'image': images, 'label': labels}")
     conditions = dict(batch) if isinstance(batch, Mapping) else {"image": batch}
     if "image" not in conditions:
         raise ValueError(f"data must yield images, or dicts with 'image', got the keys {sorted(conditions)}")
@@ -91,7 +92,7 @@ def as_array(
     "A NumPy or JAX array."
     return value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
 
-# %% ../../nbs/35_trainer.ipynb #ceab9e46
+# %% ../../nbs/35_trainer.ipynb #d65d3f07
 def check_condition(
     name: str,  # its key in the batch
     rows: Any,  # what was given
@@ -107,7 +108,7 @@ def check_condition(
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     return rows
 
-# %% ../../nbs/35_trainer.ipynb #178b285b
+# %% ../../nbs/35_trainer.ipynb #c2c00f96
 class ReadyBatch(NamedTuple):
     "A batch that was checked, with the leading axis of a call; perhaps on its way to the device."
     image: Any  # (1, b, H, W, C)
@@ -132,7 +133,7 @@ def stack_batches(
         return rows[0] if K == 1 else (jnp if isinstance(rows[0], jax.Array) else np).concatenate(rows)
     return index, tuple(jax.tree.map(join, *batches))
 
-# %% ../../nbs/35_trainer.ipynb #76dc8989
+# %% ../../nbs/35_trainer.ipynb #92cde5d3
 class BatchReader:
     "The batches that a `fit` will use, checked and ready; nothing beyond them is read."
     get_state: Callable[[], Any]  # the data's own, where they have it
@@ -227,7 +228,7 @@ def open_run(
                          "it nothing is saved")
     return None
 
-# %% ../../nbs/35_trainer.ipynb #8d16248e
+# %% ../../nbs/35_trainer.ipynb #709edccd
 def key_like(
     numbers: Any,  # the data of a key, as a checkpoint holds it
     key: Any,  # of the kind wanted
@@ -268,7 +269,7 @@ def step_without_types(
         return without_types(state), metrics
     return plain_step
 
-# %% ../../nbs/35_trainer.ipynb #28325677
+# %% ../../nbs/35_trainer.ipynb #1d8874a4
 class StateOnDevices:
     "A `TrainState` that steps use up, a copy on each device; what was handed out is copied before that."
     def __init__(self,
@@ -320,7 +321,7 @@ class StateOnDevices:
         self.step += len(index)
         return metrics
 
-# %% ../../nbs/35_trainer.ipynb #8a8cb880
+# %% ../../nbs/35_trainer.ipynb #f43ff0d5
 def check_like(
     name: str,  # what the error should call it
     tree: Any,  # of arrays
@@ -362,7 +363,7 @@ WEIGHT_READERS: list[tuple[Callable[[Path], bool], Callable[[Path], Any]]] = [
     (lambda folder: (folder / "checkpoints").is_dir(), lambda folder: read_weights(folder / "checkpoints")),
 ]  # (whether it can read a folder, how); another kind of folder is one more line
 
-# %% ../../nbs/35_trainer.ipynb #a94d95b8
+# %% ../../nbs/35_trainer.ipynb #0a445780
 def align_record(
     record: TrainingRecord,  # of a trainer
     step: int,  # updates that its state has made
@@ -372,7 +373,7 @@ def align_record(
     record.losses += [math.nan] * (step - len(record.losses))
     record.history[:] = [row for row in record.history if row["step"] <= step]
 
-# %% ../../nbs/35_trainer.ipynb #73fede22
+# %% ../../nbs/35_trainer.ipynb #2827c149
 def last_rate(
     trainer: Any,  # a `DiffusionTrainer`
 ) -> float | None:
@@ -398,7 +399,7 @@ def checkpoint_loss(
         return math.inf
     return history[-1].get("validation_loss", math.inf)
 
-# %% ../../nbs/35_trainer.ipynb #abf247f4
+# %% ../../nbs/35_trainer.ipynb #6fc71dc6
 def initialize_trainer(
     trainer: Any,  # a `DiffusionTrainer`
     batch: Any,  # images (B, H, W, C), or a dict with `image` and conditions
@@ -439,7 +440,7 @@ def write_down(
         trainer.record.add(*trainer.by_hand.fetch())
     return trainer.record
 
-# %% ../../nbs/35_trainer.ipynb #76613fdb
+# %% ../../nbs/35_trainer.ipynb #825aaeb4
 STATE_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 def make_evaluation(
@@ -484,7 +485,7 @@ def make_callbacks(
     each = [add_rate, trainer.evaluation, *callbacks, bar, on_report, guard]
     return [check_function("each of callbacks", callback) for callback in each if callback is not None]
 
-# %% ../../nbs/35_trainer.ipynb #62eb8ae6
+# %% ../../nbs/35_trainer.ipynb #8f56e18e
 def fit_trainer(
     trainer: Any,  # a `DiffusionTrainer`
     data: Iterator,  # of batches
@@ -602,7 +603,7 @@ class TrainerOptions:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         return Recipe(**{**options, "model": self.model.module})
 
-# %% ../../nbs/35_trainer.ipynb #9c345e25
+# %% ../../nbs/35_trainer.ipynb #755109be
 class DiffusionTrainer(TrainerOptions):
     "Teaches a network to undo noise: sample t, add noise, regress, average over devices, update, EMA."
     def __post_init__(self):
