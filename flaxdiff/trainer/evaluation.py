@@ -99,6 +99,7 @@ def check_numbers(
             raise ValueError(f"evaluate must not return {name!r}: the row of history has it already")
     return {name: float(value) for name, value in found.items()}
 
+# %% ../../nbs/43_evaluation.ipynb #815c6630
 class Evaluation:
     "A callback: now and then it adds what is found of the averaged network to the row."
     def __init__(self,

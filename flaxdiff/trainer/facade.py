@@ -32,7 +32,8 @@ from .checkpoints import by_path
 from .ema import save_snapshot
 from .evaluation import Evaluation, HeldOutLoss
 from .loop import (DivergenceGuard, PendingMetrics, PreemptionFlag, ProgressBar,
-                                   RunCheckpoints, TrainingDiverged, TrainingRecord, finite_mean, move_to, run_loop)
+                                   RunCheckpoints, TrainingDiverged, TrainingRecord, finite_mean, move_to,
+                                   run_loop)
 from .losses import level_edges
 from .parallel import DataParallel
 from .step import (Network, NetworkCall, Recipe, TrainState, check_function, init_state,
