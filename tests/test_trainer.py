@@ -113,9 +113,9 @@ def test_a_seed_says_all():
 class Spy:
     "A network that notes what it is shown."
     def __init__(self): self.x, self.temb, self.text = [], [], []
-    def init(self, key, x, temb, *text): return {"w": jnp.zeros(())}
-    def apply(self, params, x, temb, *text):
-        jax.debug.callback(self._see, x, temb, *text)
+    def init(self, key, x, temb): return {"w": jnp.zeros(())}
+    def apply(self, params, x, temb, textcontext=None):
+        jax.debug.callback(self._see, x, temb, *([] if textcontext is None else [textcontext]))
         return params["w"] * x
     def _see(self, x, temb, *text):
         self.x.append(np.asarray(x)), self.temb.append(np.asarray(temb)), self.text.extend(map(np.asarray, text))
@@ -417,7 +417,7 @@ def test_the_state_is_a_copy_and_its_memory_is_used_again():
     numbers = jax.tree.map(np.array, kept)
     fit(trainer, stream(pictures()), 2)
     same_bits(kept, numbers)
-    lowered = trainer.parallel.program.lower(trainer.device_state, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (pictures()[None], ()))
+    lowered = trainer.training.parallel.program.lower(trainer.training.copies, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (pictures()[None], ()))
     assert lowered.compile().memory_analysis().alias_size_in_bytes > 0.9 * sum(v.nbytes for v in jax.tree.leaves(kept))
 
 
@@ -439,10 +439,6 @@ def test_bad_batches_are_refused():
     for bad in (nan, good * 200):
         with pytest.raises(ValueError): trainer.train_step(bad)
     same_bits(state, trainer.state)
-
-
-def test_what_is_not_built_is_named():
-    with pytest.raises(NotImplementedError, match="label"): make().train_step({"image": pictures(), "label": np.zeros(8, np.int32)})
 
 
 def test_text_reaches_the_network():
@@ -493,6 +489,7 @@ def test_nothing_asked_for_is_ignored(tmp_path):
     with pytest.raises(ValueError, match="checkpoint_dir must be a folder"): make(checkpoint_dir="")
     with pytest.raises(ValueError, match="devices must name at least one"): make(devices=[])
     with pytest.raises(ValueError, match="how must be one of"): make(how="xmap")
+    with pytest.raises(ValueError, match="fsdp"): make(fsdp="no")
     with pytest.raises(ValueError, match="progress"): make().fit(stream(pictures()), 1, progress="no")
     for name in ("loss_weight", "time_density"):
         with pytest.raises(ValueError, match=f"{name} must be a function"): make(**{name: "edm"})
@@ -505,7 +502,7 @@ def test_the_constructor_says_its_arguments():
     names = list(inspect.signature(DiffusionTrainer).parameters)
     assert names == ["model", "optimizer", "noise_schedule", "rngs", "name", "model_output_transform", "ema_decay", "ema_profiles", "loss_weight", "uncertainty",
                      "time_density", "flip", "augment", "learn_variance", "devices", "how", "accumulate", "steps_per_dispatch", "max_skipped",
-                     "checkpoint_dir", "checkpoint_every", "max_to_keep"]
+                     "checkpoint_dir", "checkpoint_every", "max_to_keep", "loss", "learning_rate", "fsdp"]
 
 
 def test_a_step_is_a_pure_function():
@@ -527,3 +524,395 @@ def test_old_paths_lead_to_the_new_rooms():
     for face, room in ((checkpoints, trainer.checkpoints), (distributed, trainer.parallel), (ema, trainer.ema), (losses, trainer.losses)):
         assert all(getattr(face, name) is getattr(room, name) for name in face.__all__)
     assert {"DiffusionTrainer", "TrainedModel", "TrainState", "TrainingDiverged", "ema_update"} <= set(trainer.__all__)
+
+
+# Any network
+
+class Layers(nn.Module):
+    "A normalization that remembers, a layer that drops, and one that draws under a name of its own."
+    @nn.compact
+    def __call__(self, x, temb, label=None, train=False):
+        h = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        h = nn.Dropout(0.5)(nn.Conv(4, (3, 3))(h), deterministic=not train)
+        if train: h = h + 0.1 * jax.random.normal(self.make_rng("mine"), h.shape)
+        if label is not None: h = h + nn.Embed(3, 4)(label)[:, None, None]
+        return nn.Conv(x.shape[-1], (3, 3))(h)
+
+
+def step_of(trainer, parts=None):
+    "The trainer's step as a function of (state, index, batch), on `parts` devices that vmap stands for."
+    step = lambda state, index, batch: training_step(trainer.make_recipe(), state, jax.random.key_data(trainer.key), index, batch, axis=parts and "d")
+    if not parts: return step
+    share = lambda x: x.reshape(parts, -1, *x.shape[1:])
+    return lambda state, index, batch: jax.tree.map(lambda v: v[0], jax.vmap(step, (None, 0, 0), axis_name="d")(state, *jax.tree.map(share, (index, batch))))
+
+
+def test_statistics_follow_their_own_rule_and_are_never_trained():
+    "BatchNorm's mean is the moving average of what it saw, whatever AdamW would like; the optimizer has not heard of it, the average has."
+    trainer = make(model=Layers(), optimizer=optax.adamw(0.1, weight_decay=0.5), time_density=lambda key, n: jnp.zeros(n), ema_decay=0.5)
+    batch, mean = pictures() * 0.1 + 0.4, 0.0
+    for n in range(5):
+        seen = batch / np.hypot(0.002, 0.5)
+        trainer.train_step(batch)
+        mean = 0.9 * mean + 0.1 * seen.mean()
+        np.testing.assert_allclose(trainer.state.params["batch_stats"]["BatchNorm_0"]["mean"][0], mean, rtol=2e-3)
+    assert set(trainer.state.params) == {"params", "batch_stats"} and set(optax.tree.get(trainer.state.opt_state, "mu")) == {"params"}
+    average = trainer.state.ema_params["batch_stats"]["BatchNorm_0"]["mean"][0]
+    assert 0 < average < mean * 0.95
+    out = [trainer.model.apply(trainer.state.ema_params, jnp.ones((2, 6, 6, 1)), jnp.ones(2)) for _ in range(2)]
+    same_bits(*out)  # used, not trained: nothing is drawn
+
+
+def test_layers_depend_on_the_parts_alone():
+    "Four devices, or one in four parts, draw the same and remember alike, up to where each part's statistics begin; another cut draws otherwise."
+    class Drops(nn.Module):
+        @nn.compact
+        def __call__(self, x, temb, train): return nn.Conv(1, (1, 1))(nn.Dropout(0.5)(x, deterministic=not train))
+    batch, index = (jnp.asarray(pictures(16)), {}), jnp.arange(16)
+    ends = {}
+    for name, parts, accumulate in (("devices", 4, 1), ("parts", None, 4), ("both", 2, 2), ("whole", None, 1)):
+        trainer = make(model=Drops(), optimizer=optax.sgd(0.5), accumulate=accumulate)
+        trainer.initialize(pictures(16))
+        ends[name] = step_of(trainer, parts)(trainer.state, index, batch)[0].params
+    for name in ("parts", "both"): jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ends[name], ends["devices"])
+    assert differs(ends["whole"], ends["parts"])
+
+
+def test_statistics_are_averaged_over_devices_and_go_from_part_to_part():
+    batch, index = (jnp.asarray(pictures(16) + np.linspace(0, 0.5, 16, dtype=np.float32).reshape(16, 1, 1, 1)), {}), jnp.arange(16)
+    options = dict(model=Layers(), optimizer=optax.sgd(0.0), time_density=lambda key, n: jnp.zeros(n))
+    means = [float(x.mean()) / np.hypot(0.002, 0.5) for x in np.split(np.asarray(batch[0]), 2)]
+    for parts, accumulate, due in ((2, 1, 0.1 * np.mean(means)), (None, 2, 0.09 * means[0] + 0.1 * means[1])):
+        trainer = make(accumulate=accumulate, **options)
+        trainer.initialize(pictures(16))
+        state = step_of(trainer, parts)(trainer.state, index, batch)[0]
+        np.testing.assert_allclose(state.params["batch_stats"]["BatchNorm_0"]["mean"][0], due, rtol=2e-3)
+
+
+def test_conditions_go_by_name():
+    batch = {"image": pictures(), "label": np.arange(8) % 3}
+    trainer = make(model=Layers())
+    fit(trainer, stream(batch), 2)
+    assert "Embed_0" in trainer.state.params["params"] and np.isfinite(trainer.losses).all()
+    moved = make(model=Layers(), optimizer=optax.sgd(0.1))
+    moved.initialize(batch)
+    before = moved.state.params["params"]["Embed_0"]
+    moved.train_step(batch)
+    assert differs(before, moved.state.params["params"]["Embed_0"])
+    for model, extra, words in ((Small(), {"label": np.zeros(8, int)}, "'label'.*Small takes textcontext"), (Layers(), {"label": np.zeros(7, int)}, "label.*8 images"),
+                                (Layers(), {"label": np.array(["cat"] * 8)}, "label must be numbers"), (Small(), {"textcontext": np.full((8, 2, 3), np.nan)}, "textcontext must be finite"),
+                                (Layers(), {"train": np.ones(8)}, "'train'")):
+        with pytest.raises(ValueError, match=words): make(model=model).train_step({"image": pictures(), **extra})
+
+
+def test_a_condition_that_nobody_reads_is_named():
+    class Deaf(nn.Module):
+        @nn.compact
+        def __call__(self, x, temb, label=None): return nn.Conv(1, (1, 1))(x)
+    with pytest.raises(ValueError, match="takes 'label' and never reads it"): make(model=Deaf()).train_step({"image": pictures(), "label": np.zeros(8, int)})
+
+
+def test_flags_are_passed_where_they_are_taken():
+    "train, or deterministic: True and False in training, False and True for a sampler; a user's own word goes before."
+    heard = []
+    class Hears(Zero):
+        def apply(self, params, x, temb, train=None, deterministic=None):
+            heard.append((train, deterministic))
+            return 0 * x * params["w"]
+    trainer = make(model=Hears())
+    trainer.train_step(pictures())
+    assert set(heard) == {(True, False)} and not heard.clear()
+    for options in ({}, {"train": True}): trainer.model.apply(trainer.state.params, jnp.ones((1, 6, 6, 1)), jnp.ones(1), **options)
+    assert heard == [(False, True), (True, True)]
+    trainer.denoiser(jnp.ones((1, 6, 6, 1)), 0.5)
+    assert heard[-1] == (False, True)
+
+
+def test_augmentation_without_a_listener():
+    "A network without the keyword is not given it."
+    trainer = make(augment=0.5)
+    fit(trainer, stream(pictures(8, 8)), 2)
+    assert np.isfinite(trainer.losses).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rough_images_keep_fine_noise(dtype):
+    "σ-arithmetic and the network's input are float32: at σ = 0.002 the noise would be lost in bfloat16."
+    image = np.asarray(jnp.full((64, 4, 4, 1), 0.75, dtype))
+    spy = spied(1, image, time_density=lambda key, n: jnp.zeros(n))
+    assert spy.x[0].dtype == np.float32
+    assert (spy.x[0] * np.hypot(0.002, 0.5)).std() == pytest.approx(0.002, rel=0.1)
+
+
+def test_wrong_returns_are_said():
+    class Two(Zero):
+        def apply(self, params, x, temb): return x, {"more": temb}
+    with pytest.raises(ValueError, match=r"one array of shape \(8, 6, 6, 1\), got tuple.*\(8,\)"): make(model=Two()).train_step(pictures())
+    class Grows(nn.Module):
+        @nn.compact
+        def __call__(self, x, temb):
+            count = self.variable("counts", "seen", lambda: jnp.zeros(1))
+            if not self.is_initializing(): count.value = jnp.concatenate([count.value, jnp.ones(1)])
+            return nn.Dense(1)(x)
+    with pytest.raises(ValueError, match="collection 'counts'"): make(model=Grows()).train_step(pictures())
+    with pytest.raises(ValueError, match="Plain has no init.*ToLinen"):
+        class Plain: pass
+        make(model=Plain())
+
+
+def test_an_nnx_module_is_trained():
+    "By flax's own bridge: parameters trained, statistics carried, dropout drawn; used, it is deterministic."
+    from flax import nnx
+    class Net(nnx.Module):
+        def __init__(self, *, rngs): self.a, self.norm, self.drop = nnx.Conv(1, 1, (3, 3), rngs=rngs), nnx.BatchNorm(1, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+        def __call__(self, x, temb, label, train=False):
+            h = self.norm(x, use_running_average=not train) + label[:, None, None, None]
+            return self.a(self.drop(h, deterministic=not train))
+    trainer = make(model=nnx.bridge.ToLinen(Net))
+    batch = {"image": pictures() + 0.0, "label": np.linspace(0, 1, 8, dtype=np.float32)}
+    trainer.initialize(batch)
+    start = trainer.state
+    fit(trainer, stream(batch), 4)
+    end = trainer.state
+    assert set(end.params) == {"params", "batch_stats"} and differs(start.params["batch_stats"], end.params["batch_stats"]) and differs(start.params["params"], end.params["params"])
+    assert set(optax.tree.get(end.opt_state, "mu")) == {"params"}
+    a, b = (trainer.denoiser(jnp.ones((8, 6, 6, 1)), 0.5, {"label": batch["label"]}) for _ in range(2))
+    same_bits(a, b)
+
+
+def test_a_batch_that_is_a_list_is_said():
+    for bad in ([pictures(), np.zeros(8)], (pictures(),), []):
+        with pytest.raises(ValueError, match="data must yield.*'label': labels"): make().train_step(bad)
+    with pytest.raises(ValueError, match="data"): make().train_step("pictures")
+
+
+# Any optimizer
+
+def test_optimizers_that_need_the_value():
+    "reduce_on_plateau and lbfgs: they are given the loss, and a function of the parameters on the same draws."
+    slow = make(optimizer=optax.chain(optax.sgd(1e-3), optax.contrib.reduce_on_plateau(patience=1, factor=0.5, rtol=1.0, cooldown=0)))
+    fit(slow, stream(pictures()), 6)
+    assert float(optax.tree.get(slow.state.opt_state, "scale")) < 1
+    fast = make(optimizer=optax.lbfgs(), time_density=lambda key, n: jnp.full(n, 0.5), accumulate=2)
+    fit(fast, stream(pictures()), 12)
+    assert np.isfinite(fast.losses).all() and np.mean(fast.losses[-3:]) < 0.85 * fast.losses[0]
+
+
+def test_keys_in_the_optimizers_state(tmp_path):
+    "optax.add_noise holds a typed key: trained, saved, restored, and the same bits."
+    options = dict(optimizer=optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1)))
+    data = lambda: get_dataset("digits", batch_size=8)[0]
+    whole, first, again = make(**options), make(**options, checkpoint_dir=tmp_path / "c"), make(**options, checkpoint_dir=tmp_path / "c")
+    fit(whole, data(), 5)
+    fit(first, data(), 3)
+    again.initialize(next(data()))
+    assert again.restore(rest := data()) == 3
+    fit(again, rest, 2)
+    keys = [optax.tree.get(t.state.opt_state, "rng_key") for t in (whole, again)]
+    assert all(jnp.issubdtype(k.dtype, jax.dtypes.prng_key) for k in keys)
+    same_bits(*map(jax.random.key_data, keys))
+    same_bits(whole.state.params, again.state.params)
+
+
+def test_the_average_counts_updates_not_calls():
+    "With MultiSteps(4) the parameters move every fourth call, and so does their average: that of 5 updates after 20 calls."
+    trainer, params, averages = make(optimizer=optax.MultiSteps(optax.sgd(0.3), 4), ema_decay=0.9, ema_profiles=(0.1,)), [], []
+    trainer.initialize(pictures())
+    flat = lambda tree: np.concatenate([np.asarray(v, np.float64).ravel() for v in jax.tree.leaves(tree)])
+    average = flat(trainer.state.params)
+    for n in range(20):
+        trainer.train_step(pictures(seed=n))
+        params.append(flat(trainer.state.params))
+    for n, p in enumerate(params[3::4]):
+        b = min(0.9, (1 + n) / (10 + n))
+        average = b * average + (1 - b) * p
+    np.testing.assert_allclose(flat(trainer.state.ema_params), average, atol=1e-5)
+    state = trainer.state
+    assert differs(state.profiles[0], state.params) and int(optax.tree.get(state.opt_state, "gradient_step")) == 5
+
+
+def test_the_learning_rate_is_told():
+    rate = optax.linear_schedule(1e-2, 0, 10)
+    told = make(optimizer=optax.sgd(rate), learning_rate=rate)
+    fit(told, stream(pictures()), 4, report_every=2)
+    assert [row["learning_rate"] for row in told.history] == pytest.approx([float(rate(1)), float(rate(3))])
+    injected = make(optimizer=optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(rate)))
+    fit(injected, stream(pictures()), 4, report_every=2)
+    assert [row["learning_rate"] for row in injected.history] == pytest.approx([float(rate(1)), float(rate(3))])
+    plain = make()
+    fit(plain, stream(pictures()), 2)
+    assert "learning_rate" not in plain.history[0] and plain.history[0]["gradient"] > 0
+    default = make(optimizer=None, learning_rate=3e-3)
+    fit(default, stream(pictures()), 2)
+    assert default.history[0]["learning_rate"] == pytest.approx(3e-3)
+    for bad in (np.nan, -1.0, "fast"):
+        with pytest.raises(ValueError, match="learning_rate"): make(learning_rate=bad)
+
+
+def test_a_loss_of_ones_own():
+    image = np.full((64, 4, 4, 1), 0.5, np.float32)
+    trainer = make(model=Zero(), model_output_transform=X0Predictor(), loss=lambda F, target, alpha, sigma: jnp.abs(F - target).mean((1, 2, 3)) + 0 * alpha * sigma)
+    fit(trainer, stream(image), 1)
+    assert trainer.losses[0] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="loss_weight"): make(loss=lambda *a: 0, loss_weight=edm_weight(0.5))
+    with pytest.raises(ValueError, match=r"what loss returns must have shape \(8,\)"): make(loss=lambda F, *rest: jnp.mean(F)).train_step(pictures())
+    with pytest.raises(ValueError, match="loss must be a function"): make(loss="l1")
+
+
+# A trainer's state from outside
+
+def test_one_counter():
+    "Updates by hand are updates: in the state, in the losses and in the history."
+    trainer = make()
+    by_hand = [float(trainer.train_step(pictures(seed=i))) for i in range(5)]
+    fit(trainer, (pictures(seed=i) for i in range(5, 15)), 10)
+    assert int(trainer.state.step) == 15 == len(trainer.losses) == trainer.history[-1]["step"] == trainer.steps_done
+    np.testing.assert_array_equal(np.float32(trainer.losses[:5]), np.float32(by_hand))
+    whole = make()
+    fit(whole, (pictures(seed=i) for i in range(15)), 15)
+    assert whole.losses == trainer.losses
+
+
+def test_the_state_can_be_set():
+    trainer, other = make(), make(rngs=1)
+    with pytest.raises(ValueError, match="initialize"): trainer.state = None
+    for t in (trainer, other): fit(t, stream(pictures()), 4)
+    middle = other.state
+    fit(other, stream(pictures(seed=2)), 3)
+    trainer.key = other.key
+    trainer.state = middle
+    assert trainer.steps_done == 4 == len(trainer.losses)
+    fit(trainer, stream(pictures(seed=2)), 3)
+    same_bits(trainer.state, other.state)
+    trainer.state = middle.replace(step=middle.step * 0 + 2)
+    assert len(trainer.losses) == 2 and all(row["step"] <= 2 for row in trainer.history)
+    trainer.state = middle.replace(step=middle.step * 0 + 6)
+    assert len(trainer.losses) == 6 and np.isnan(trainer.losses[2:]).all()
+    for bad, words in ((middle.replace(params={"params": {"Conv_0": middle.params["params"]["Conv_0"]}}), r"state\.params.*None"),
+                       (middle.replace(step=jnp.zeros(2, jnp.int32)), r"state\.step has the shape \(2,\)"), (middle.replace(opt_state=optax.sgd(1.0).init(None)), "opt_state")):
+        with pytest.raises(ValueError, match=words): trainer.state = bad
+    same_bits(trainer.state.params, middle.params)
+
+
+def test_weights_can_be_loaded(tmp_path, monkeypatch):
+    source, trainer = make(rngs=3), make()
+    fit(source, stream(pictures()), 3)
+    weights = source.state.ema_params
+    with pytest.raises(ValueError, match="initialize"): trainer.load_weights(weights)
+    fit(trainer, stream(pictures()), 2)
+    trainer.load_weights(jax.tree.map(np.asarray, weights))
+    state = trainer.state
+    same_bits(state.params, weights), same_bits(state.ema_params, weights)
+    assert int(state.step) == 0 == len(trainer.losses) and not any(np.any(v) for v in jax.tree.leaves(optax.tree.get(state.opt_state, "mu")))
+    fit(trainer, stream(pictures()), 1)
+    for bad, words in (({"params": {}}, "weights"), (jax.tree.map(lambda x: x[..., None], weights), "has the shape"), (tmp_path, "neither checkpoints nor"), (tmp_path / "none", "or a folder, got")):
+        with pytest.raises(ValueError, match=words): trainer.load_weights(bad)
+    run = tmp_path / "run" / "checkpoints" / "3"
+    run.mkdir(parents=True)
+    from flaxdiff.trainer import checkpoints
+    monkeypatch.setattr(checkpoints, "load_average", lambda folder, step=None: (jax.tree.map(np.asarray, weights), 3) if folder == run.parent else 1 / 0, raising=False)
+    for folder in (tmp_path / "run", str(run.parent)):
+        trainer.load_weights(folder)
+        same_bits(trainer.state.params, weights)
+
+
+LIVE = """
+import itertools, jax, numpy as np, optax, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make, fit
+import flax.linen as nn
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, temb): return nn.Dense(64)(nn.Dense(4000)(x.reshape(len(x), -1))).reshape(x.shape)
+def live(): return sum(v.nbytes for v in jax.live_arrays())
+trainer = make(model=Wide(), devices=jax.devices()[:1])
+data = itertools.repeat(np.zeros((2, 8, 8, 1), np.float32))
+state = fit(trainer, data, 2)
+size = sum(v.nbytes for v in jax.tree.leaves(state.params))
+held = live() / size
+params = np.array(jax.tree.leaves(state.params)[0])
+fit(trainer, data, 2)
+two = live() / size
+assert np.array_equal(params, jax.tree.leaves(state.params)[0])
+del state
+trainer.denoiser
+fit(trainer, data, 1)
+print(held, two, live() / size)
+"""
+
+
+def test_fit_holds_one_state():
+    "Adam's state is four times the parameters (themselves, their average, two moments). Handed out, it is that and no more; kept while training goes on, it is another; let go, it is gone."
+    done = subprocess.run([sys.executable, "-c", LIVE, os.path.dirname(__file__)], env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+    held, two, after = map(float, done.stdout.split() or done.stderr[-2000:].split())
+    assert held < 4.3 and two < 8.6 and after < 4.3, done.stdout
+
+
+# Data, callbacks, evaluation
+
+def test_batches_are_sent_ahead_and_none_is_lost():
+    "One batch is read while the step before it runs, and none beyond those asked for; a buffer that is filled again is no obstacle."
+    reads, buffer = [], np.zeros((8, 6, 6, 1), np.float32)
+    def data():
+        for i in range(100):
+            reads.append(i)
+            buffer[:] = pictures(seed=i)
+            yield buffer
+    one, all_at_once, source = make(), make(), data()
+    for steps in (3, 4): fit(one, source, steps)
+    assert reads == list(range(7))
+    fit(all_at_once, (pictures(seed=i) for i in range(7)), 7)
+    same_bits(one.state, all_at_once.state)
+    on_device = make()
+    fit(on_device, (jnp.asarray(pictures(seed=i)) for i in range(7)), 7)
+    same_bits(on_device.state, one.state)
+
+
+def test_a_stream_stands_behind_the_last_batch_used():
+    "However `fit` ends."
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    data, plain = (get_dataset("digits", batch_size=8)[0] for _ in range(2))
+    trainer = make(devices=jax.devices()[:1])
+    fit(trainer, data, 3)
+    with pytest.raises(Stop): fit(trainer, data, 10, report_every=2, callbacks=[stop])
+    for _ in range(5): next(plain)
+    np.testing.assert_array_equal(next(data), next(plain))
+
+
+def test_callbacks_see_each_row_and_may_add_to_it():
+    trainer, seen = make(), []
+    def mine(row): row["mine"] = row["step"] * 2.0
+    fit(trainer, stream(pictures()), 4, report_every=2, callbacks=[mine, lambda row: seen.append(dict(row))], on_report=lambda row: seen.append(row["mine"]))
+    assert [row["mine"] for row in trainer.history] == [4.0, 8.0] and seen[0]["mine"] == 4.0 == seen[1]
+    with pytest.raises(ValueError, match="callbacks must be a function"): fit(trainer, stream(pictures()), 1, callbacks=["log"])
+
+
+def test_validation_and_a_metric_of_ones_own(tmp_path):
+    "By fixed draws, of the averaged network, at the updates asked for and at the last; the best checkpoint is by it."
+    losses, trainer = [], make(checkpoint_dir=tmp_path / "c", checkpoint_every=2, flip=True, loss_weight=edm_weight(0.5))
+    save = trainer.run_checkpoints.save
+    trainer.run_checkpoints.save = lambda state, contents, loss: losses.append(loss) or save(state, contents, loss)
+    held = pictures(12, seed=9)
+    fit(trainer, stream(pictures()), 7, report_every=1, validation=held, evaluate_every=4, evaluate=lambda denoiser: {"mean": denoiser(jnp.asarray(held), 0.5)[0].mean()})
+    rows = {row["step"]: row for row in trainer.history if "validation_loss" in row}
+    assert list(rows) == [4, 7] and all(np.isfinite(row["mean"]) for row in rows.values()) and trainer.evaluation.levels[1].sum() == 12
+    assert losses == [np.inf, rows[4]["validation_loss"], np.inf, rows[7]["validation_loss"]]
+    from flaxdiff.trainer.evaluation import HeldOutLoss
+    loss = HeldOutLoss(trainer.make_recipe(), held)
+    sums, counts = loss(trainer.state.ema_params)
+    assert sums.sum() / counts.sum() == rows[7]["validation_loss"]
+    np.testing.assert_allclose(sums, HeldOutLoss(trainer.make_recipe(), held, batch_size=5)(trainer.state.ema_params)[0], rtol=1e-5, atol=1e-6)
+    for options, words in ((dict(evaluate_every=3), "evaluate_every=3 needs"), (dict(validation=held, evaluate_every=0), "evaluate_every"), (dict(validation=held * 200), "255"),
+                           (dict(evaluate=3), "evaluate must be a function"), (dict(evaluate=lambda d: 1.0), "dict of numbers"), (dict(evaluate=lambda d: {"loss": 1.0}), "has it already"),
+                           (dict(evaluate=lambda d: {"a": "b"}), "dict of numbers"), (dict(validation=pictures(size=5)), "image shape")):
+        with pytest.raises(ValueError, match=words): fit(trainer, stream(pictures()), 1, **options)
+
+
+def test_levels_of_the_held_out_loss_are_spread_evenly():
+    "One time in each n-th part of the density, whatever the order."
+    from flaxdiff.trainer.evaluation import spread_times
+    times = np.sort(spread_times(lambda key, n: jax.random.uniform(key, (n,)), jax.random.key(0), 50))
+    np.testing.assert_allclose(times, (np.arange(50) + 0.5) / 50, atol=0.02)
+    normal = spread_times(lambda key, n: jax.random.normal(key, (n,)), jax.random.key(0), 1000)
+    assert abs(float(normal.mean())) < 0.02 and abs(float(normal.std()) - 1) < 0.02
