@@ -34,10 +34,10 @@ def compiler_options():
     except jax.errors.JaxRuntimeError: return None  # an XLA that does not know it
     return options
 
-# %% ../nbs/36_speed.ipynb #cc2004ad
+# %% ../nbs/36_speed.ipynb #095f1203
 def backend() -> str:
     "Where programs run: 'cpu', 'tpu', 'gpu' (one with cuDNN's flash attention) or 'other gpu'."
-    device: Any = jax.config.jax_default_device or jax.local_devices()[0]
+    device: Any = getattr(jax.config, "jax_default_device") or jax.local_devices()[0]
     platform = device if isinstance(device, str) else device.platform
     if platform not in ("gpu", "cuda", "rocm"):
         return platform
@@ -67,7 +67,7 @@ def keep_memory():
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
-# %% ../nbs/36_speed.ipynb #d99b0428
+# %% ../nbs/36_speed.ipynb #c443f933
 def cudnn_attention(
     q: jax.Array,  # (B, N, heads, d): queries, bfloat16 or float16
     k: jax.Array,  # (B, M, heads, d): keys
@@ -87,7 +87,7 @@ def has_flash_attention() -> bool:
         return False
     return least >= 8
 
-# %% ../nbs/36_speed.ipynb #0213912f
+# %% ../nbs/36_speed.ipynb #26b925df
 def linear_operation(
     push: Callable[..., Any],  # (*inputs, *tangents) -> the derivative along the tangents, shaped as the first
     pull: Callable[..., Any],  # (cotangent, *inputs) -> a gradient by each input
@@ -114,7 +114,7 @@ def linear_operation(
     batching.primitive_batchers[operation] = batch
     return operation
 
-# %% ../nbs/36_speed.ipynb #813968f5
+# %% ../nbs/36_speed.ipynb #6cb5461a
 def with_every_derivative(
     fast: Callable[..., Any],  # of arrays; its gradient can be taken once, and backwards
     plain: Callable[..., Any],  # the same values; with all derivatives
@@ -140,12 +140,12 @@ def with_every_derivative(
         f.defjvp(lambda inputs, tangents: (kept(*inputs), along.bind(*inputs, *tangents)))
     return call
 
-# %% ../nbs/36_speed.ipynb #6a1b0686
+# %% ../nbs/36_speed.ipynb #b7cb0010
 def programs_folder(
     folder: Any = None,  # one that was asked for
 ) -> str:
     "Where programs are kept: there, or where JAX was told to, or in the user's cache folder."
-    where = folder if folder is not None else jax.config.jax_compilation_cache_dir
+    where = folder if folder is not None else getattr(jax.config, "jax_compilation_cache_dir")
     if where is None:
         where = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxdiff" / "programs"
     if "://" in str(where):
