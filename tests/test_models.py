@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdiff.models.layers import GroupNorm, attention
+from flaxdiff.models import init_network, layers
+from flaxdiff.models.layers import GroupNorm, LabelEmbedding, attention, attention_in_blocks, attention_kind, plain_attention
 from flaxdiff.models.simple_unet import (AttentionBlock, Downsample, FouriedEmbedding, FourierEmbedding, ResidualBlock, SimpleUNet,
                                          TimeEmbedding, Unet, Upsample)
+from flaxdiff.speed import with_every_derivative
 
 TINY = dict(emb_features=16, feature_depths=(8, 16), attention_configs=({"heads": 2},) * 3, num_res_blocks=1, norm_groups=4)
 
@@ -67,6 +69,152 @@ def test_blocked_attention_is_attention(n, m):
         return jax.jit(run)(q, k, v)
     for got, want in zip(both(attention), both(plain)):
         np.testing.assert_allclose(got, want, atol=2e-5 * max(1, np.abs(want).max()))
+
+
+# Forms of attention
+
+ROWS = [("gpu", jnp.bfloat16, 16, 4096, 4096, "flash"), ("gpu", jnp.float16, 128, 256, 256, "flash"), ("gpu", jnp.bfloat16, 64, 64, 64, "flash"),
+        ("gpu", jnp.bfloat16, 8, 4096, 77, "flash"), ("gpu", jnp.float32, 16, 4096, 4096, "blocks"), ("gpu", jnp.float64, 16, 4096, 4096, "blocks"),
+        ("gpu", jnp.bfloat16, 12, 4096, 4096, "blocks"), ("gpu", jnp.bfloat16, 12, 1024, 1024, "plain"), ("gpu", jnp.bfloat16, 136, 4096, 4096, "blocks"),
+        ("gpu", jnp.bfloat16, 64, 49, 49, "plain"), ("gpu", jnp.bfloat16, 64, 4096, 5, "plain"), ("gpu", jnp.float32, 64, 256, 256, "plain"),
+        *((other, dtype, 64, n, n, "blocks" if n > 1024 else "plain") for other in ("other gpu", "tpu", "cpu", "neuron") for dtype in (jnp.bfloat16, jnp.float32)
+          for n in (64, 1024, 1025, 4096))]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r[0]}-{jnp.dtype(r[1]).name}-{r[2]}-{r[3]}-{r[4]}")
+def test_one_function_chooses_the_form_of_attention(row):
+    *asked, due = row
+    assert attention_kind(*asked) == due
+    assert attention_kind(*asked, masked=True) == ("blocks" if row[3] * row[4] > 1024 ** 2 else "plain"), "cuDNN is given no masks"
+
+
+@pytest.mark.parametrize("dtype, head_size, n, due", [(jnp.bfloat16, 16, 4096, "flash"), (jnp.float32, 16, 4096, "blocks"), (jnp.bfloat16, 16, 32, "plain")])
+def test_attention_asks_that_function(monkeypatch, dtype, head_size, n, due):
+    "On a GPU, as far as the form goes: each form is replaced by its name."
+    monkeypatch.setattr(layers, "backend", lambda: "gpu")
+    asked = []
+    for name, kind in (("flash_attention", "flash"), ("attention_in_blocks", "blocks"), ("plain_attention", "plain")):
+        monkeypatch.setattr(layers, name, lambda q, *_, kind=kind: asked.append(kind) or q)
+    q = jax.ShapeDtypeStruct((1, n, 2, head_size), dtype)
+    jax.eval_shape(attention, q, q, q)
+    assert asked == [due]
+    with pytest.raises(ValueError, match="^kind must be one of flash, blocks, plain, got 'fast'"): attention(*np.ones((3, 1, 4, 2, 8)), kind="fast")
+
+
+def backwards_only(log):
+    "Attention whose gradient can be taken once, and only backwards, as cuDNN's; it notes when it is asked."
+    @jax.custom_vjp
+    def f(q, k, v):
+        log.append("forth")
+        return plain(q, k, v)
+
+    def forth(q, k, v):
+        log.append("forth, kept")
+        return jax.vjp(plain, q, k, v)
+
+    def back(pull, cotangent):
+        log.append("back")
+        return jax.pure_callback(lambda *g: g, tuple(jax.ShapeDtypeStruct(g.shape, g.dtype) for g in pull(cotangent)), *pull(cotangent), vmap_method="broadcast_all")  # no derivative
+    f.defvjp(forth, back)
+    return f
+
+
+def test_flash_attention_has_every_derivative():
+    "Values and the gradient by the fast form; forward derivatives, batches of them, and second ones by the other."
+    log, rng = [], np.random.default_rng(0)
+    fast = backwards_only(log)
+    ours = with_every_derivative(fast, attention_in_blocks, platform="cpu")
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(rng.normal(size=(2, 5, 2, 4))) for _ in range(3))
+        directions = jnp.asarray(rng.normal(size=(3, *q.shape)))
+        scalar = lambda f: lambda q: jnp.sum(jnp.sin(f(q, k * q, v)))
+        asks = {"value": lambda f: f(q, k, v), "gradient": lambda f: jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v),
+                "forwards": lambda f: jax.jvp(scalar(f), (q,), (directions[0],)),
+                "many forwards": lambda f: jax.vmap(jax.linearize(scalar(f), q)[1])(directions),
+                "second, along": lambda f: jax.jvp(jax.grad(scalar(f)), (q,), (directions[0],)),
+                "second, back and back": lambda f: jax.grad(lambda q: jnp.sum(jax.grad(scalar(f))(q) ** 2))(q),
+                "second, all": lambda f: jax.hessian(lambda s: scalar(f)(q + jnp.tensordot(s, directions, 1)))(jnp.zeros(3)),
+                "images apart": lambda f: jax.vmap(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(f(q[None], k[None], v[None])))))(q, k, v),
+                "worked through again": lambda f: jax.grad(jax.checkpoint(scalar(f)))(q)}
+        for name, ask in asks.items():
+            log.clear()
+            got = jax.jit(lambda ask=ask: ask(ours))()
+            if name == "value": assert set(log) == {"forth"}
+            if name == "gradient": assert "back" in log and "forth" not in log, "one way forward, which keeps what the way back needs"
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(b).max()), err_msg=name), got, ask(plain))
+        with pytest.raises(Exception): jax.jvp(scalar(fast), (q,), (q,))  # so the stand-in is no better than cuDNN's
+
+
+def lowered(f, platform, *args): return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_gpus_program_calls_cudnn(monkeypatch):
+    "What would be compiled for an NVIDIA GPU; nothing is run. On another platform the same function has no such call."
+    import jax._src.cudnn.fused_attention_stablehlo as theirs
+    monkeypatch.setattr(theirs, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(theirs, "check_compute_capability", lambda capability: True)
+    q = jax.ShapeDtypeStruct((2, 256, 2, 16), jnp.bfloat16)
+    flash = lambda *qkv: attention(*qkv, kind="flash")
+    loss = lambda *qkv: jnp.sum(flash(*qkv).astype(jnp.float32) ** 2)
+    forward, gradient = lowered(flash, "cuda", q, q, q), lowered(jax.grad(loss, (0, 1, 2)), "cuda", q, q, q)
+    assert forward.count("__cudnn$fmhaSoftmax") == 1 and "dot_general" not in forward
+    assert gradient.count("__cudnn$fmhaSoftmaxBackward(") == 1 and "dot_general" not in gradient
+    assert "cudnn" not in lowered(jax.grad(loss, (0, 1, 2)), "cpu", q, q, q)
+    # A whole network, as it would choose there: a call for each attention of more than 64 pixels.
+    monkeypatch.setattr(layers, "backend", lambda: "gpu")
+    monkeypatch.setattr(layers, "by_backend", lambda cpu, other: other)
+    net = SimpleUNet(**{**TINY, "feature_depths": (16, 16), "dtype": jnp.bfloat16})
+    x, temb = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    params = jax.eval_shape(net.init, jax.random.PRNGKey(0), x, temb)
+    assert lowered(net.apply, "cuda", params, x, temb).count("__cudnn$fmhaSoftmax") == 5
+    assert "cudnn" not in lowered(net.clone(dtype=None).apply, "cuda", params, x, temb)
+
+
+def test_a_tpus_program_can_be_made(monkeypatch):
+    "As it would be chosen there, at 64×64: in blocks, and no form that is a CPU's."
+    monkeypatch.setattr(layers, "backend", lambda: "tpu")
+    monkeypatch.setattr(layers, "by_backend", lambda cpu, other: other)
+    net = SimpleUNet(**{**TINY, "dtype": jnp.bfloat16})
+    x, temb = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    params = jax.eval_shape(net.init, jax.random.PRNGKey(0), x, temb)
+    loss = lambda params, x, temb: jnp.sum(net.apply(params, x, temb) ** 2)
+    assert "stablehlo.while" in lowered(jax.grad(loss), "tpu", params, x, temb)
+
+
+@pytest.mark.parametrize("kind", ["plain", "blocks"])
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
+def test_masked_tokens_change_nothing(kind, junk):
+    "Values and every gradient are those of the tokens that are there alone; no gradient reaches the others."
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (9, 6, 6))
+    there = np.array([[True, True, False, True, False, False], [False, True, True, False, False, True]])
+    few = lambda x: np.stack([x[i][there[i]] for i in range(2)])
+    bad_k, bad_v = (np.where(there[:, :, None, None], x, np.float32(junk)) for x in (k, v))
+    masked = lambda q, k, v: attention(q, k, v, 4, mask=there, kind=kind)
+    run = lambda f, *qkv: jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(f(*qkv))), (0, 1, 2)))(*qkv)
+    (value, (dq, dk, dv)), (due, (eq, ek, ev)) = run(masked, q, bad_k, bad_v), run(plain, q, few(k), few(v))
+    for got, want in ((value, due), (dq, eq), (few(np.asarray(dk)), ek), (few(np.asarray(dv)), ev)): np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert not np.any(np.asarray(dk)[~there]) and not np.any(np.asarray(dv)[~there])
+    assert not np.any(attention(q, bad_k, bad_v, mask=np.zeros((2, 6), bool), kind=kind)), "no key at all: zero"
+    np.testing.assert_array_equal(attention(q, k, v, mask=np.ones((2, 6), bool), kind=kind), attention(q, k, v, kind=kind))
+    with pytest.raises(ValueError, match="^mask must have shape"): attention(q, k, v, mask=there[:1])
+
+
+def test_masked_text_changes_nothing():
+    "In the whole network, whatever stands there, NaN too; the gradient by its parameters stays finite."
+    model, params = with_context()
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    text, there = with_text((2, 6, 5)), np.array([[True, True, False, False, False, False], [True, False, True, True, False, True]])
+    apply = jax.jit(lambda params, text: model.apply(params, *inputs(), text, textmask=there))
+    reference = apply(params, text)
+    for junk in (np.nan, np.inf, 7): np.testing.assert_array_equal(apply(params, np.where(there[:, :, None], text, np.float32(junk))), reference)
+    alone = jnp.concatenate([model.apply(params, inputs()[0][i:i + 1], inputs()[1][i:i + 1], text[i:i + 1, there[i]]) for i in range(2)])
+    np.testing.assert_allclose(reference, alone, rtol=1e-4, atol=1e-5)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, np.where(there[:, :, None], text, np.nan)) ** 2)))(params)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert np.abs(apply(params, text + there[:, :, None]) - reference).max() > 1e-4, "what is there is read"
+    remat = model.clone(remat=True).apply(params, *inputs(), text, textmask=there)
+    np.testing.assert_allclose(remat, reference, rtol=1e-4, atol=1e-5)
 
 
 def largest(jaxpr):
@@ -140,8 +288,16 @@ def test_down_and_up(size):
     assert shape(Upsample(5), np.ones(half)) == (2, 2 * half[1], 2 * half[2], 5)
 
 
-def test_doubling_is_repeating_and_convolving():
-    "Values and both gradients of `Upsample`, which never makes the repeated picture, against those with it."
+@pytest.fixture(params=["a CPU's forms", "the others"])
+def forms(request, monkeypatch):
+    "Each choice of forms in turn, whatever the machine."
+    first = request.param == "a CPU's forms"
+    monkeypatch.setattr(layers, "by_backend", lambda cpu, other: cpu if first else other)
+    return request.param
+
+
+def test_doubling_is_repeating_and_convolving(forms):
+    "Values and both gradients of `Upsample`, which on a CPU never makes the repeated picture, against those with it."
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, weight = rng.normal(size=(2, 5, 4, 3)), rng.normal(size=(2, 10, 8, 6))
@@ -157,7 +313,7 @@ def test_doubling_is_repeating_and_convolving():
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 12), (3, 7, 12), (3, 12)])
 @pytest.mark.parametrize("groups", [1, 3, 12])
-def test_group_norm_is_flaxs_then_scaled_and_shifted(shape, groups):
+def test_group_norm_is_flaxs_then_scaled_and_shifted(shape, groups, forms):
     "Values, and gradients by all that goes in, in float64; of bfloat16 the statistics are float32."
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -172,6 +328,41 @@ def test_group_norm_is_flaxs_then_scaled_and_shifted(shape, groups):
     low = 1000 + np.float32(x).astype(jnp.bfloat16)
     out = GroupNorm(groups, jnp.bfloat16).init_with_output(jax.random.PRNGKey(0), low)[0]
     assert out.dtype == jnp.bfloat16 and np.abs(np.float32(out).reshape(3, -1, groups, 12 // groups).mean((1, 3))).max() < 0.02  # results near 3 are rounded by 0.008; a mean of bfloat16 would be off by 4 of 1,000, here 1
+
+
+@pytest.mark.parametrize("mean", [0, 3e4, -3e6])
+def test_group_norm_of_numbers_far_from_zero(mean, forms):
+    "Variance 1 of what float32 was given, and the gradient, too; one number of a group may be far from all others."
+    rng = np.random.default_rng(0)
+    x = (mean + max(1, abs(mean) / 3e4) * rng.normal(size=(2, 16, 16, 8))).astype(np.float32)
+    x[1, 0, 0] += 100
+    weight = rng.normal(size=x.shape).astype(np.float32)
+    norm, params = GroupNorm(2), {"params": {"scale": np.linspace(0.5, 2, 8, dtype=np.float32), "bias": np.linspace(-1, 1, 8, dtype=np.float32)}}
+
+    def exact(x):
+        with jax.enable_x64(True):
+            f = lambda x: nn.GroupNorm(2, epsilon=1e-5, use_fast_variance=False, param_dtype=jnp.float64).apply(jax.tree.map(np.float64, params), x)
+            y, pull = jax.vjp(f, jnp.asarray(x, jnp.float64))
+            return np.asarray(y), np.asarray(pull(jnp.asarray(weight, jnp.float64))[0])
+    y, pull = jax.vjp(jax.jit(lambda x: norm.apply(params, x)), x)
+    (due, slope), got = exact(x), pull(weight)[0]
+    within = 0.04 if mean else 1024 * 2 ** -24 * np.abs(due).max()  # far from zero the numbers, and their mean, are rounded by 1/512 of their spread; else n roundings, n = 16 · 16 · 4
+    np.testing.assert_allclose(y, due, rtol=0, atol=within)
+    np.testing.assert_allclose(got, slope, rtol=0, atol=within * np.abs(slope).max())
+
+
+def test_both_choices_of_forms_are_one_network(monkeypatch):
+    "The whole UNet, odd sizes and text among them: values and gradients."
+    shape, text = (2, 7, 9, 3), with_text()
+    model = SimpleUNet(**{**TINY, "output_channels": 3, "num_classes": 4})
+    with jax.enable_x64(True):
+        x, temb, label = jnp.asarray(inputs(shape)[0], jnp.float64), jnp.asarray(inputs(shape)[1], jnp.float64), jnp.array([1, 4])
+        params = jax.tree.map(np.float64, random_params(jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), x, temb, text, label=label))))
+        found = []
+        for first in (True, False):
+            monkeypatch.setattr(layers, "by_backend", lambda cpu, other: cpu if first else other)
+            found.append(jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply(p, x, temb, text, label=label)))))(params))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max())), *found)
 
 
 def test_residual_block_starts_as_the_identity_and_hears_the_time():
@@ -296,6 +487,87 @@ def test_bfloat16_computes_low_and_keeps_high():
     out, reference = low(params, x, temb), high(params, x, temb)
     assert out.dtype == jnp.float32 and np.all(np.isfinite(out)) and np.all(np.isfinite(low(params, 80 * x, temb)))
     assert 1e-4 < np.abs(out - reference).max() / np.abs(reference).max() < 0.1, "bfloat16 is used, and is close"
+
+
+# Labels
+
+def test_labels_are_heard_and_none_is_the_null_class():
+    x, temb = inputs()
+    model = SimpleUNet(**{**TINY, "num_classes": 3})
+    init = lambda *a, **k: jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), x, temb, **k))
+    params = random_params(init())
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, init(label=np.array([0, 1]))), "with or without a label at first"
+    without = flat(unet()[1])
+    assert set(flat(params)) - set(without) == {"['params']['label']['Embed_0']['embedding']"} and params["params"]["label"]["Embed_0"]["embedding"].shape == (4, 16)
+    apply = jax.jit(lambda label: model.apply(params, x, temb, label=label))
+    a, b, null = apply(np.array([0, 1])), apply(np.array([0, 2])), apply(np.array([3, 3]))
+    np.testing.assert_array_equal(a[0], b[0])
+    assert np.abs(a[1] - b[1]).max() > 1e-3 and np.abs(a - null).max((1, 2, 3)).min() > 1e-3
+    np.testing.assert_allclose(model.apply(params, x, temb), null, rtol=1e-5, atol=1e-5)
+    assert model.null_condition == {"label": 3} and SimpleUNet(**TINY).null_condition == {}
+    assert np.isnan(apply(np.array([0, 4]))[1]).all() and np.isnan(apply(np.array([-1, 0]))[0]).all(), "inside jit a label that there is not cannot be refused"
+    assert np.isfinite(apply(np.array([0, 4]))[0]).all()
+
+
+def test_bad_labels_are_refused():
+    x, temb = inputs()
+    model = SimpleUNet(**{**TINY, "num_classes": 3})
+    def refused(match, model=model, **kwargs):
+        with pytest.raises(ValueError, match=match): model.init(jax.random.PRNGKey(0), x, temb, **kwargs)
+    refused(r"^label must lie in 0 … 2, or be 3 for no class, got 4", label=np.array([0, 4]))
+    refused(r"^label must lie in 0 … 2, or be 3 for no class, got -1", label=np.array([-1, 0]))
+    refused("^label must have shape", label=np.array([0]))
+    refused("^label must be whole numbers, got float32", label=np.float32([0, 1]))
+    refused("^label needs a network that knows classes", SimpleUNet(**TINY), label=np.array([0, 1]))
+    refused("^textmask needs a textcontext", textmask=np.ones((2, 3), bool))
+    refused("^textmask must have shape", textcontext=with_text(), textmask=np.ones((2, 4), bool))
+    refused("^textmask must be True and False, got int", textcontext=with_text(), textmask=np.ones((2, 3), np.int32))
+    for bad in (0, -1, 2.5, True, "ten"):
+        with pytest.raises(ValueError, match="num_classes"): SimpleUNet(**TINY, num_classes=bad)
+
+
+def test_a_label_that_there_is_not_has_no_row():
+    rows = LabelEmbedding(2, 3).init_with_output(jax.random.PRNGKey(0), np.array([0, 1, 2, 3, -1]))[0]
+    assert np.isfinite(rows).all(1).tolist() == [True, True, True, False, False] and len({tuple(r) for r in np.asarray(rows[:3])}) == 3
+
+
+# Fresh parameters
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_init_network_gives_the_bits_of_init(impl):
+    "Every layer and option; from arrays, or from shapes alone."
+    model, (x, temb), key = SimpleUNet(**TINY, num_classes=3), inputs(), jax.random.key(7, impl=impl)
+    options = dict(augment=np.zeros((2, 9), np.float32), label=np.array([1, 2]), textmask=np.ones((2, 3), bool))
+    due = jax.jit(model.init)(key, x, temb, with_text(), **options)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), ((x, temb, with_text()), options))
+    for args, kwargs in (((x, temb, with_text()), options), shapes):
+        got = init_network(model, key, *args, **kwargs)
+        assert jax.tree.structure(got) == jax.tree.structure(due)
+        jax.tree.map(np.testing.assert_array_equal, got, due)
+        assert all(isinstance(p, jax.Array) for p in jax.tree.leaves(got))
+
+
+def test_init_network_takes_other_networks():
+    "One that is no module of Flax, one that reads a flag, and one whose statistics are no parameters."
+    class Other:
+        def init(self, key, x, temb): return {"w": jax.random.normal(key, x.shape[-1:])}
+
+    class Flagged(nn.Module):
+        @nn.compact
+        def __call__(self, x, temb, train=True):
+            h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+            h = nn.Dropout(0.5, deterministic=not train)(h)
+            return nn.Dense(x.shape[-1])(h) if train else h
+
+    class FromData(nn.Module):
+        @nn.compact
+        def __call__(self, x, temb): return x - self.param("mean", lambda key: jnp.mean(x))
+    x, temb = inputs()
+    key = jax.random.PRNGKey(3)
+    for model, rngs, options in ((Other(), key, {}), (Flagged(), {"params": key, "dropout": key}, {"train": True}), (Flagged(), key, {"train": False}), (FromData(), key, {})):
+        due, got = jax.jit(lambda rngs: model.init(rngs, x, temb, **options))(rngs), init_network(model, rngs, x, temb, **options)
+        assert jax.tree.structure(got) == jax.tree.structure(due)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, due)
 
 
 @pytest.mark.slow
