@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'RECIPES', 'MAY_CHANGE',
-           'WITH_NEW_OPTIMIZER', 'IN_FOLDERS', 'TrainConfig', 'kind_of', 'check_field', 'check_config', 'choose_recipe',
-           'make_config', 'local_path', 'read_settings', 'read_config', 'data_kind', 'change_config', 'train_parser',
-           'newest_step', 'choose_config', 'describe_changes']
+           'WITH_NEW_OPTIMIZER', 'IN_FOLDERS', 'AS_STORED', 'TrainConfig', 'kind_of', 'check_field', 'check_config',
+           'check_built', 'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'data_kind',
+           'change_config', 'train_parser', 'newest_step', 'choose_config', 'describe_changes']
 
-# %% ../../nbs/47_settings.ipynb #281012ed
+# %% ../../nbs/47_settings.ipynb #2ac8d4ad
 import argparse
 import dataclasses
+import inspect
 import json
 import re
 import tomllib
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-# %% ../../nbs/47_settings.ipynb #986edb55
+# %% ../../nbs/47_settings.ipynb #00a3f760
 from . import CommandParser
 from ..losses import edm_weight, elbo_weight, min_snr_weight, p2_weight, soft_min_snr_weight
 from ..predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
@@ -30,7 +31,7 @@ from ..schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseSche
 from ..sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler
 from ..utils import check_choice, check_real, check_whole
 
-# %% ../../nbs/47_settings.ipynb #ea8cbb99
+# %% ../../nbs/47_settings.ipynb #44d13f76
 SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine": CosineNoiseSchedule,
              "linear": LinearNoiseSchedule, "exp": ExpNoiseSchedule,
              "cosine-continuous": CosineContinuousNoiseScheduler,
@@ -48,14 +49,14 @@ CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
            "how": ["pmap", "shard_map"]}
 
-# %% ../../nbs/47_settings.ipynb #823dafe9
+# %% ../../nbs/47_settings.ipynb #bfd25aee
 @dataclass(frozen=True)
 class TrainConfig:
     "All that a run depends on: each field is a flag of `flaxdiff-train`, and is written to RUN/config.json."
-    dataset: str = "digits"  # 'digits', 'folder:PATH', or the name of a TensorFlow data set
+    dataset: str = "digits"  # 'digits', 'folder:PATH', 'npz:PATH', 'idx:FOLDER', 'hf:PATH', or a TensorFlow data set
     recipe: str = "digits"  # settings that somebody used for such data; by default as suits its size
-    image_size: int | None = None  # height and width in pixels; by default 8 for the digits, else 64
-    channels: int | None = None  # colour channels, 1 or 3; by default 1 for the digits, else 3
+    image_size: int | None = None  # height and width in pixels; by default 8 for the digits, as stored in arrays, else 64
+    channels: int | None = None  # colour channels, 1 to 4; by default 1 for the digits, as stored in arrays, else 3
     flip: bool = False  # mirror half of the images at random
     augment: float = 0.0  # probability of each of EDM's augmentations, such as 0.12
     validation: float = 0.0  # share of the examples held out, on which the loss is measured
@@ -103,7 +104,7 @@ class TrainConfig:
     steps_per_dispatch: int = 1  # updates in one compiled call, for very short ones
     how: str = "pmap"  # how several devices are used: pmap or shard_map
 
-# %% ../../nbs/47_settings.ipynb #91e00730
+# %% ../../nbs/47_settings.ipynb #ae5a29fa
 TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedule": "process and loss",
           "ema_decay": "averages of the parameters", "checkpoint_every": "what is written to RUN",
           "dtype": "speed and memory"}  # the field that each begins with
@@ -120,7 +121,7 @@ def kind_of(
         return tuple
     return (typing.get_args(annotation) or (annotation,))[0]
 
-# %% ../../nbs/47_settings.ipynb #19c2c13a
+# %% ../../nbs/47_settings.ipynb #1dc7b86d
 def check_field(
     field,  # of `dataclasses.fields(TrainConfig)`
     value,  # what it was given
@@ -161,7 +162,17 @@ def check_config(
         raise ValueError("uncertainty=True learns the weights of the levels itself: "
                          f"loss must be 'plain', got {config.loss!r}")
 
-# %% ../../nbs/47_settings.ipynb #da564974
+def check_built(
+    name,  # of a setting
+    value,  # what it was given
+    function,  # that must know of it
+    *needed,  # names of its parameters
+):
+    "A refusal by name where another part of the library does not know a setting yet."
+    if value and not set(needed) <= set(inspect.signature(function).parameters):
+        raise NotImplementedError(f"{name}={value} is not built yet")
+
+# %% ../../nbs/47_settings.ipynb #ccef4ad3
 RECIPES: dict[str, dict[str, typing.Any]] = {
     "digits": {},
     "small28": dict(features=(28, 56, 112), res_blocks=2, attention_levels=2, emb_features=112,
@@ -184,7 +195,7 @@ def choose_recipe(
         return check_choice("recipe", given["recipe"], RECIPES)
     if given.get("dataset", "digits") == "digits":
         return "digits"
-    size = given.get("image_size")
+    size = given.get("image_size", 28 if data_kind(given["dataset"]) == "idx" else 64)
     size = size if isinstance(size, int) else 64  # what is no number is refused later
     return "small28" if size <= 32 else "photos64" if size <= 64 else "photos128"
 
@@ -204,7 +215,7 @@ def make_config(
         config = dataclasses.replace(config, warmup=int(recipe["warmup"] * share))
     return config
 
-# %% ../../nbs/47_settings.ipynb #c97b59c3
+# %% ../../nbs/47_settings.ipynb #fbc0dce4
 def local_path(
     name,  # what the error should call it
     path,  # a path on this machine; ~ is the home folder
@@ -220,7 +231,7 @@ def local_path(
     except RuntimeError:
         raise ValueError(f"{name} must not begin with the home folder of nobody, got {path}") from None
 
-# %% ../../nbs/47_settings.ipynb #a0f7163d
+# %% ../../nbs/47_settings.ipynb #36ca74e7
 def read_settings(
     path: str | Path,  # a .json or .toml file, in UTF-8
 ) -> dict[str, typing.Any]:
@@ -245,12 +256,13 @@ def read_config(
     "The `TrainConfig` in a config.json."
     return TrainConfig(**read_settings(path))
 
-# %% ../../nbs/47_settings.ipynb #9bb9910f
+# %% ../../nbs/47_settings.ipynb #eca4bfa8
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
               "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "max_skipped",
               "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
+AS_STORED = ("idx", "npz")  # those whose images have a size already
 
 def data_kind(
     dataset,  # of a `TrainConfig`
@@ -283,7 +295,7 @@ def change_config(
         changes["warmup"] = (config.steps - config.optimizer_start) // 10
     return dataclasses.replace(config, **changes)
 
-# %% ../../nbs/47_settings.ipynb #b7252fba
+# %% ../../nbs/47_settings.ipynb #1d9a7947
 def _list_of(kind):
     "A parser of 32,64 as (32, 64)."
     def parse(text):
@@ -313,7 +325,7 @@ def _add_flag(group, field, text):
     group.add_argument(flag, type=parse, choices=CHOICES.get(field.name), metavar=metavar,
                        help=text + _default_text(field))
 
-# %% ../../nbs/47_settings.ipynb #0c54ccad
+# %% ../../nbs/47_settings.ipynb #114ba446
 def _add_settings(parser):
     "A flag for each field of `TrainConfig`, under its topic."
     texts, group = docments(TrainConfig), parser
@@ -348,7 +360,7 @@ def train_parser():
     add("--process", type=int, metavar="I", help="this one's number, from 0")
     return parser
 
-# %% ../../nbs/47_settings.ipynb #229fcc37
+# %% ../../nbs/47_settings.ipynb #ebccf54c
 def newest_step(
     out,  # the folder of a run
 ):
