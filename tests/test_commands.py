@@ -579,7 +579,7 @@ def test_flags_go_before_a_recipe_and_are_written_down():
     with pytest.raises(ValueError, match="optimizer_start"): make_config({"optimizer_start": 5})
 
 
-@pytest.mark.parametrize("name, millions", [("digits", 0.56), ("small28", 2.5), ("photos64", 60), ("photos128", 420)])
+@pytest.mark.parametrize("name, millions", [("digits", 0.56), ("small28", 2.5), ("photos64", 60), pytest.param("photos128", 420, marks=pytest.mark.slow)])
 def test_recipes_are_of_the_published_size(name, millions):
     "About: the published networks have 61.8 and 422 million parameters."
     config = make_config({"recipe": name, "dataset": "digits" if name == "digits" else "folder:x", "image_size": {"small28": 28, "photos128": 128}.get(name)})

@@ -7,7 +7,7 @@ __all__ = ['CHIPS', 'REACHED', 'make_network', 'data_shape', 'machine_memory', '
            'count_flops', 'measure_cost', 'memory_needed', 'check_fits', 'expected_seconds', 'in_words',
            'describe_cost']
 
-# %% ../../nbs/48_cost.ipynb #a1b1684f
+# %% ../../nbs/48_cost.ipynb #e5aa6f0b
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# %% ../../nbs/48_cost.ipynb #2a62dd81
+# %% ../../nbs/48_cost.ipynb #4fc73bf6
 from .settings import TrainConfig, check_built
 from ..data.stream import machine_memory as host_memory
 from ..models import SimpleUNet
 
-# %% ../../nbs/48_cost.ipynb #ec72861e
+# %% ../../nbs/48_cost.ipynb #4572f3a8
 def make_network(
     config,  # a `TrainConfig`
     channels,  # of the images
@@ -47,7 +47,7 @@ def data_shape(
     channels = config.channels or (1 if digits else 3)
     return (size, size, channels), config.sigma_data or (0.75 if digits else 0.5)
 
-# %% ../../nbs/48_cost.ipynb #80268647
+# %% ../../nbs/48_cost.ipynb #44980de0
 def machine_memory():
     "Bytes that the first device has; where it does not say, those of this machine."
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -57,7 +57,7 @@ def least_bytes(
     shape,  # (H, W, C) of an image
     features,  # F₁: channels of the network at its finest resolution
 ):
-    "(2) for one image."
+    "(1) for one image."
     H, W, C = shape
     return 4 * H * W * (4 * C + 2 * features)
 
@@ -67,7 +67,7 @@ def check_memory(
     shape,  # (H, W, C) of each
     features,  # F₁: channels of the network at its finest resolution
 ):
-    "A `ValueError` where (2) alone is more than the machine has."
+    "A `ValueError` where (1) alone is more than the machine has."
     H, W, C = shape
     each = least_bytes(shape, features)
     memory = machine_memory() * len(jax.devices())
@@ -76,7 +76,7 @@ def check_memory(
         raise ValueError(f"{name} must be at most {memory // each:,} here: {number:,} images of "
                          f"{H} x {W} x {C} take more than {due}, and there are {room}")
 
-# %% ../../nbs/48_cost.ipynb #5aff3da7
+# %% ../../nbs/48_cost.ipynb #c4a62a7f
 @dataclass(frozen=True)
 class Cost:
     "What one image costs a network, and how many numbers the network has."
@@ -103,7 +103,7 @@ def count_flops(
         total += 2 * each * math.prod(line.outvars[0].aval.shape)
     return total
 
-# %% ../../nbs/48_cost.ipynb #7615c3f2
+# %% ../../nbs/48_cost.ipynb #a998e377
 @cache
 def _trace(network, shape, augment, labels):
     "The `Cost` of a network for images of this shape."
@@ -136,16 +136,16 @@ def memory_needed(
     config,  # a `TrainConfig`
     images,  # b/A: those a device works through at once
 ):
-    "(3): bytes on each device."
+    "(2): bytes on each device."
     arrays = 6 + len(config.ema_profiles)
     return 4 * cost.parameters * arrays + cost.waiting * images
 
-# %% ../../nbs/48_cost.ipynb #f69e5b35
+# %% ../../nbs/48_cost.ipynb #b5557afa
 def check_fits(
     cost,  # a `Cost`
     config,  # a `TrainConfig`
 ):
-    "A `ValueError` where (3) is more than nine tenths of a device's memory; it says what would fit."
+    "A `ValueError` where (2) is more than nine tenths of a device's memory; it says what would fit."
     devices = len(jax.devices())
     room = machine_memory()
     if jax.default_backend() == "cpu":  # they share it
@@ -164,7 +164,7 @@ def check_fits(
                      f"{room / 1e9:,.0f} GB are there; --accumulate {parts} keeps the batch and needs "
                      f"{least / 1e9:,.0f} GB, --batch-size {fit * devices} fits as it is")
 
-# %% ../../nbs/48_cost.ipynb #2c4ae02d
+# %% ../../nbs/48_cost.ipynb #8bf97976
 CHIPS = {"an H100": (989e12, 3.35e12), "a TPU v4-8": (4 * 275e12, 4 * 1.2e12)}  # operations a second in
 # bfloat16, and bytes a second from memory, as their makers say
 REACHED = {"bfloat16": 0.25, "float32": 0.125}  # the share of the first that a step is taken to reach

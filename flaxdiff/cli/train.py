@@ -80,7 +80,7 @@ def open_data(
     return get_dataset(name, config.batch_size, size, channels=channels, seed=config.seed,
                        labels=config.labels, data_dir=data_dir, max_damaged=config.max_damaged, **options)
 
-# %% ../../nbs/38_train.ipynb #09df9351
+# %% ../../nbs/38_train.ipynb #15bcaafd
 def held_out(
     config,  # a `TrainConfig` with a share for `validation`
     most=1024,  # so many examples at most
@@ -147,7 +147,7 @@ def make_trainer(
         check_fits(measure_cost(config), config)  # small networks need no trace
     return build_trainer(config, run), data, datalen
 
-# %% ../../nbs/38_train.ipynb #4489e464
+# %% ../../nbs/38_train.ipynb #020acafb
 def renew_optimizer(
     trainer,  # restored
     config,  # a `TrainConfig`
@@ -240,7 +240,7 @@ def _describe(trainer, datalen):
     devices = f"{len(trainer.devices)} × {trainer.devices[0].device_kind}"
     return f"{datalen} images of {trainer.model.image_shape}, {parameters:,} parameters, {devices}"
 
-# %% ../../nbs/38_train.ipynb #69d3bf3a
+# %% ../../nbs/38_train.ipynb #43140dc7
 def _summarise(trainer, started):
     "What summary.json says."
     state, losses, history = trainer.state, trainer.losses, trainer.history
@@ -296,7 +296,7 @@ def run_command(
     print(f"{command}: error: {text}", file=sys.stderr)
     raise SystemExit(status)
 
-# %% ../../nbs/38_train.ipynb #80d0f4da
+# %% ../../nbs/38_train.ipynb #668a6f83
 def settle(
     given,  # a dict of the fields that were set
     out,  # the folder of the run
