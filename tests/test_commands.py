@@ -23,7 +23,7 @@ from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid
 from flaxdiff.cli.cost import check_fits, count_flops, in_words, measure_cost
 from flaxdiff.cli.record import RunRecord
 from flaxdiff.cli.settings import (MAY_CHANGE, RECIPES, WITH_NEW_OPTIMIZER, change_config, check_config, kind_of,
-                                   make_config)
+                                   make_config, merge_settings)
 from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate, local_path, make_trainer, read_settings,
                                 restore_run, run_folder, save_grid)
 from flaxdiff.predictors import X0Predictor
@@ -81,7 +81,7 @@ def test_resumed_is_never_stopped(finished, tmp_path):
     summary = train_run(TINY, out, resume=True, progress=False)
     timeless = lambda summary: {k: v for k, v in summary.items() if k not in ("seconds", "images_per_second")}
     assert timeless(summary) == timeless(finished[1])
-    timeless = lambda folder: [row.rsplit(",", 1)[0] for row in (folder / "metrics.csv").read_text().splitlines()]
+    timeless = lambda folder: [[row[name] for name in ("step", "loss", "gradient", "skipped")] for row in csv.DictReader((folder / "metrics.csv").open())]
     assert timeless(out) == timeless(finished[0])
     assert (out / "losses.csv").read_text() == (finished[0] / "losses.csv").read_text()
 
@@ -502,7 +502,8 @@ def test_a_finished_run_is_left_alone_and_says_so(steady, capsys):
     said, _ = command(["--resume", "--report-every", 3], steady, capsys)
     assert "finished" in said and "--steps" in said
     refused(train_main, ["--out", steady, "--resume", "--new-optimizer"], "--steps", capsys)
-    refused(train_main, ["--out", steady, "--resume", "--steps", "10"], "--steps", capsys)
+    said, _ = command(["--resume", "--steps", 10], steady, capsys)
+    assert "finished" in said
     assert before == {p: p.stat().st_mtime_ns for p in steady.rglob("*")}
 
 
@@ -520,6 +521,7 @@ def test_a_fresh_optimizer_only_by_name(steady, tmp_path, capsys):
     shutil.copytree(out, again)
     (again / "summary.json").unlink()
     shutil.rmtree(again / "checkpoints" / "24")
+    refused(train_main, ["--out", again, "--resume", "--steps", "10"], "--steps", capsys)
     command(["--resume"], again)
     assert sha(again) == sha(out)
     trainer, _, _, done = restore_run(config, out)
@@ -577,6 +579,7 @@ def test_flags_go_before_a_recipe_and_are_written_down():
     assert make_config(dataclasses.asdict(config)) == config
     with pytest.raises(ValueError, match="recipe must be one of digits, .*photo"): make_config({"recipe": "photo"})
     with pytest.raises(ValueError, match="optimizer_start"): make_config({"optimizer_start": 5})
+    with pytest.raises(ValueError, match="recipe=digits contradicts"): merge_settings(dataclasses.asdict(config), {"recipe": "digits"})
 
 
 @pytest.mark.parametrize("name, millions", [("digits", 0.56), ("small28", 2.5), ("photos64", 60), pytest.param("photos128", 420, marks=pytest.mark.slow)])
@@ -621,8 +624,9 @@ def test_a_run_says_how_long_it_will_take(tmp_path, capsys):
     "Elsewhere, as an estimate, before it begins; and here, once it is measured; and again where it goes on."
     train_main([*(word for word in FLAGS if word != "--quiet"), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out.splitlines()
-    assert "an H100" in said[1] and "a TPU v4-8" in said[1] and "estimated" in said[1] and said[1].startswith("20 updates")
-    assert said[2].startswith("here: ") and "images/s" in said[2] and "to go" in said[2] and len(said) == 4
+    (before,), (after,) = ([line for line in said if line.startswith(start)] for start in ("20 updates", "here: "))
+    assert all(word in before for word in ("an H100", "a TPU v4-8", "estimated")) and said.index(before) < said.index(after)
+    assert "images/s" in after and "to go" in after
 
 
 @pytest.mark.parametrize("seconds, words", [(0, "0 s"), (40, "40 s"), (119, "119 s"), (120, "2 min"), (12_600, "3.5 h"), (691_200, "8 days")])
@@ -668,3 +672,10 @@ def test_a_signal_while_the_last_pictures_are_drawn_lets_them_be_drawn(name, fin
 def test_exit_statuses_are_in_the_manual():
     text = " ".join(train_parser().format_help().split())
     assert "Exit status: 0 finished, or stopped by a signal and saved; 1 the run could not go on; 2 a flag is wrong" in text
+
+
+def test_a_second_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(training, "settle", interrupted)
+    status, line = error_of(train_main, ["--out", tmp_path / "run"], capsys)
+    assert (status, line) == (130, "error: interrupted")

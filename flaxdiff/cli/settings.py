@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'IN_FOLDERS', 'AS_STORED', 'RECIPES',
            'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig', 'kind_of', 'check_field', 'check_config', 'check_built',
-           'data_kind', 'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'change_config',
-           'train_parser', 'newest_step', 'choose_config', 'describe_changes']
+           'data_kind', 'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings',
+           'change_config', 'train_parser', 'newest_step', 'choose_config', 'describe_changes']
 
-# %% ../../nbs/47_settings.ipynb #7835bc24
+# %% ../../nbs/47_settings.ipynb #54374acc
 import argparse
 import dataclasses
 import inspect
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-# %% ../../nbs/47_settings.ipynb #d12dfe08
+# %% ../../nbs/47_settings.ipynb #fac51840
 from . import CommandParser
 from ..losses import edm_weight, elbo_weight, min_snr_weight, p2_weight, soft_min_snr_weight
 from ..predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
@@ -31,7 +31,7 @@ from ..schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseSche
 from ..sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler
 from ..utils import check_choice, check_real, check_whole
 
-# %% ../../nbs/47_settings.ipynb #4735cc7e
+# %% ../../nbs/47_settings.ipynb #70f0a7b4
 SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine": CosineNoiseSchedule,
              "linear": LinearNoiseSchedule, "exp": ExpNoiseSchedule,
              "cosine-continuous": CosineContinuousNoiseScheduler,
@@ -49,7 +49,7 @@ CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
            "how": ["pmap", "shard_map"]}
 
-# %% ../../nbs/47_settings.ipynb #d0a34b07
+# %% ../../nbs/47_settings.ipynb #0e12f4d6
 @dataclass(frozen=True)
 class TrainConfig:
     "All that a run depends on: each field is a flag of `flaxdiff-train`, and is written to RUN/config.json."
@@ -104,7 +104,7 @@ class TrainConfig:
     steps_per_dispatch: int = 1  # updates in one compiled call, for very short ones
     how: str = "pmap"  # how several devices are used: pmap or shard_map
 
-# %% ../../nbs/47_settings.ipynb #73ded865
+# %% ../../nbs/47_settings.ipynb #a634ceda
 TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedule": "process and loss",
           "ema_decay": "averages of the parameters", "checkpoint_every": "what is written to RUN",
           "dtype": "speed and memory"}  # the field that each begins with
@@ -121,7 +121,7 @@ def kind_of(
         return tuple
     return (typing.get_args(annotation) or (annotation,))[0]
 
-# %% ../../nbs/47_settings.ipynb #c747b801
+# %% ../../nbs/47_settings.ipynb #c3cdd6d8
 def check_field(
     field,  # of `dataclasses.fields(TrainConfig)`
     value,  # what it was given
@@ -172,7 +172,7 @@ def check_built(
     if value and not set(needed) <= set(inspect.signature(function).parameters):
         raise NotImplementedError(f"{name}={value} is not built yet")
 
-# %% ../../nbs/47_settings.ipynb #60ade01c
+# %% ../../nbs/47_settings.ipynb #bcff276a
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
 AS_STORED = ("idx", "npz")  # those whose images have a size already
 
@@ -183,7 +183,7 @@ def data_kind(
     kind, colon, _ = str(dataset).partition(":")
     return kind if colon and kind in IN_FOLDERS else dataset
 
-# %% ../../nbs/47_settings.ipynb #cbf87fb3
+# %% ../../nbs/47_settings.ipynb #06578fcf
 RECIPES: dict[str, dict[str, typing.Any]] = {
     "digits": {},
     "small28": dict(features=(28, 56, 112), res_blocks=2, attention_levels=2, emb_features=112,
@@ -226,7 +226,7 @@ def make_config(
         config = dataclasses.replace(config, warmup=int(recipe["warmup"] * share))
     return config
 
-# %% ../../nbs/47_settings.ipynb #6a79a61f
+# %% ../../nbs/47_settings.ipynb #4fe9fd6f
 def local_path(
     name,  # what the error should call it
     path,  # a path on this machine; ~ is the home folder
@@ -242,7 +242,7 @@ def local_path(
     except RuntimeError:
         raise ValueError(f"{name} must not begin with the home folder of nobody, got {path}") from None
 
-# %% ../../nbs/47_settings.ipynb #a26a9496
+# %% ../../nbs/47_settings.ipynb #e9e2d560
 def read_settings(
     path: str | Path,  # a .json or .toml file, in UTF-8
 ) -> dict[str, typing.Any]:
@@ -267,7 +267,17 @@ def read_config(
     "The `TrainConfig` in a config.json."
     return TrainConfig(**read_settings(path))
 
-# %% ../../nbs/47_settings.ipynb #f6ea9fde
+def merge_settings(
+    in_file,  # a dict of the settings in a file
+    by_flags,  # a dict of those on the command line, which go before
+):
+    "Both together; a `ValueError` for a recipe that the file's own settings would hide."
+    wanted, has = by_flags.get("recipe"), in_file.get("recipe")
+    if wanted and has and wanted != has:
+        raise ValueError(f"recipe={wanted} contradicts the file of --config, whose settings are those of {has}")
+    return {**in_file, **by_flags}
+
+# %% ../../nbs/47_settings.ipynb #828c239b
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
               "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "max_skipped",
               "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
@@ -297,7 +307,7 @@ def change_config(
         changes["warmup"] = (config.steps - config.optimizer_start) // 10
     return dataclasses.replace(config, **changes)
 
-# %% ../../nbs/47_settings.ipynb #54827425
+# %% ../../nbs/47_settings.ipynb #4e07d67d
 def _list_of(kind):
     "A parser of 32,64 as (32, 64)."
     def parse(text):
@@ -327,7 +337,7 @@ def _add_flag(group, field, text):
     group.add_argument(flag, type=parse, choices=CHOICES.get(field.name), metavar=metavar,
                        help=text + _default_text(field))
 
-# %% ../../nbs/47_settings.ipynb #72d9b181
+# %% ../../nbs/47_settings.ipynb #fafec4af
 def _add_settings(parser):
     "A flag for each field of `TrainConfig`, under its topic."
     texts, group = docments(TrainConfig), parser
@@ -362,7 +372,7 @@ def train_parser():
     add("--process", type=int, metavar="I", help="this one's number, from 0")
     return parser
 
-# %% ../../nbs/47_settings.ipynb #fd5f754f
+# %% ../../nbs/47_settings.ipynb #b844cc88
 def newest_step(
     out,  # the folder of a run
 ):

@@ -31,10 +31,11 @@ from .cost import (check_fits, check_memory, data_shape, describe_cost, least_by
 from .record import (PICTURES, RunRecord, draw_images, is_number, picture_format, read_summary,
                                  run_folder, run_sampler, save_grid, to_bytes, write_json, write_text,
                                  write_whole)
-from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZERO, PREDICTORS, SCHEDULES,
-                                   TOPICS, TrainConfig, check_built, check_config, check_field,
+# Some only for programs that look for them here, where they once stood.
+from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZERO, PREDICTORS,
+                                   SCHEDULES, TOPICS, TrainConfig, check_built, check_config, check_field,
                                    choose_config, data_kind, describe_changes, kind_of, local_path,
-                                   read_config, read_settings, train_parser)  # all once stood here
+                                   merge_settings, read_config, read_settings, train_parser)
 from ..data import get_dataset
 from ..distributed import start_hosts
 from ..losses import LearnedUncertainty, uniform_log_snr
@@ -80,7 +81,7 @@ def open_data(
     return get_dataset(name, config.batch_size, size, channels=channels, seed=config.seed,
                        labels=config.labels, data_dir=data_dir, max_damaged=config.max_damaged, **options)
 
-# %% ../../nbs/38_train.ipynb #15bcaafd
+# %% ../../nbs/38_train.ipynb #38a4b71e
 def held_out(
     config,  # a `TrainConfig` with a share for `validation`
     most=1024,  # so many examples at most
@@ -123,7 +124,7 @@ def build_trainer(
     return trainer
 
 def _settle(config, data):
-    "With what only the data know: how many classes there are, and the size of arrays that are taken as stored."
+    "With what only the data know: the number of classes, the size of arrays taken as stored."
     if config.labels and config.classes is None:
         config = dataclasses.replace(config, classes=len(data.label_names))
     if data_kind(config.dataset) in AS_STORED and None in (config.image_size, config.channels):
@@ -143,11 +144,12 @@ def make_trainer(
     check_memory("batch_size", config.batch_size, shape, config.features[0])
     data, datalen = open_data(config)
     config = _settle(config, data)
+    shape, _ = data_shape(config)
     if 200 * config.batch_size * least_bytes(shape, config.features[0]) > machine_memory():
         check_fits(measure_cost(config), config)  # small networks need no trace
     return build_trainer(config, run), data, datalen
 
-# %% ../../nbs/38_train.ipynb #020acafb
+# %% ../../nbs/38_train.ipynb #72f24993
 def renew_optimizer(
     trainer,  # restored
     config,  # a `TrainConfig`
@@ -240,7 +242,7 @@ def _describe(trainer, datalen):
     devices = f"{len(trainer.devices)} × {trainer.devices[0].device_kind}"
     return f"{datalen} images of {trainer.model.image_shape}, {parameters:,} parameters, {devices}"
 
-# %% ../../nbs/38_train.ipynb #43140dc7
+# %% ../../nbs/38_train.ipynb #755c34be
 def _summarise(trainer, started):
     "What summary.json says."
     state, losses, history = trainer.state, trainer.losses, trainer.history
@@ -293,10 +295,12 @@ def run_command(
         if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
         status, text = 1, f"there is not enough memory for so many images at once: {str(e).splitlines()[0]}"
+    except KeyboardInterrupt:
+        status, text = 130, "interrupted"
     print(f"{command}: error: {text}", file=sys.stderr)
     raise SystemExit(status)
 
-# %% ../../nbs/38_train.ipynb #668a6f83
+# %% ../../nbs/38_train.ipynb #faff3f31
 def settle(
     given,  # a dict of the fields that were set
     out,  # the folder of the run
@@ -331,9 +335,9 @@ def train_main(
         folder = run_folder(out)
         start_hosts(*hosts)
         with PreemptionFlag() as preemption:
-            start_machine()
-            settings = {} if file is None else read_settings(file)
-            config = settle({**settings, **given}, folder, bool(resume), bool(new_optimizer))
+            start_machine(quiet)
+            settings = merge_settings({} if file is None else read_settings(file), given)
+            config = settle(settings, folder, bool(resume), bool(new_optimizer))
             if jax.process_count() > 1:  # before the first of them writes there
                 multihost_utils.sync_global_devices("all have looked into RUN")
             return None if preemption.raised else train_run(config, folder, bool(resume), not quiet)
@@ -345,9 +349,11 @@ def train_main(
     print(f"{out}: {summary['steps']} steps, loss {summary['loss']:.4f}, "
           f"{summary['images_per_second']:.0f} images/s, {summary['seconds']:.0f} s")
 
-def start_machine():
+def start_machine(
+    quiet=False,  # say nothing
+):
     "What helps every step of a command: a CPU's memory is kept, and compiled programs are."
     speed.keep_memory()
     cache = getattr(speed, "cache_programs", None)
     if cache is not None:
-        cache()
+        cache(report=str if quiet else print)
