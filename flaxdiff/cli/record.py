@@ -6,7 +6,7 @@
 __all__ = ['PICTURES', 'write_whole', 'write_text', 'write_json', 'picture_format', 'to_bytes', 'save_grid', 'RunRecord',
            'run_sampler', 'draw_images', 'is_number', 'as_line', 'run_folder', 'read_summary']
 
-# %% ../../nbs/49_record.ipynb #477dc32c
+# %% ../../nbs/49_record.ipynb #a19213f6
 import dataclasses
 import json
 import math
@@ -20,7 +20,7 @@ import PIL.Image
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
-# %% ../../nbs/49_record.ipynb #ee0c9941
+# %% ../../nbs/49_record.ipynb #c60edb97
 from .cost import in_words
 from .settings import local_path
 from ..losses import plot_loss_by_level

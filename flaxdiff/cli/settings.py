@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'M
            'data_kind', 'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings',
            'change_config', 'train_parser', 'newest_step', 'choose_config', 'describe_changes']
 
-# %% ../../nbs/47_settings.ipynb #54374acc
+# %% ../../nbs/47_settings.ipynb #98f29761
 import argparse
 import dataclasses
 import inspect
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-# %% ../../nbs/47_settings.ipynb #fac51840
+# %% ../../nbs/47_settings.ipynb #7706f4bd
 from . import CommandParser
 from ..losses import edm_weight, elbo_weight, min_snr_weight, p2_weight, soft_min_snr_weight
 from ..predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
@@ -31,7 +31,7 @@ from ..schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseSche
 from ..sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler
 from ..utils import check_choice, check_real, check_whole
 
-# %% ../../nbs/47_settings.ipynb #70f0a7b4
+# %% ../../nbs/47_settings.ipynb #1b3e4e2f
 SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine": CosineNoiseSchedule,
              "linear": LinearNoiseSchedule, "exp": ExpNoiseSchedule,
              "cosine-continuous": CosineContinuousNoiseScheduler,
@@ -49,14 +49,14 @@ CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
            "how": ["pmap", "shard_map"]}
 
-# %% ../../nbs/47_settings.ipynb #0e12f4d6
+# %% ../../nbs/47_settings.ipynb #b751d652
 @dataclass(frozen=True)
 class TrainConfig:
     "All that a run depends on: each field is a flag of `flaxdiff-train`, and is written to RUN/config.json."
-    dataset: str = "digits"  # 'digits', 'folder:PATH', 'npz:PATH', 'idx:FOLDER', 'hf:PATH', or a TensorFlow data set
+    dataset: str = "digits"  # 'digits', 'folder:PATH', npz:, idx: or hf:PATH, or a TensorFlow data set
     recipe: str = "digits"  # settings that somebody used for such data; by default as suits its size
-    image_size: int | None = None  # height and width in pixels; by default 8 for the digits, as stored in arrays, else 64
-    channels: int | None = None  # colour channels, 1 to 4; by default 1 for the digits, as stored in arrays, else 3
+    image_size: int | None = None  # pixels; by default 8 for the digits, as stored in arrays, else 64
+    channels: int | None = None  # by default 1 for the digits, as stored in arrays, else 3
     flip: bool = False  # mirror half of the images at random
     augment: float = 0.0  # probability of each of EDM's augmentations, such as 0.12
     validation: float = 0.0  # share of the examples held out, on which the loss is measured
@@ -104,7 +104,7 @@ class TrainConfig:
     steps_per_dispatch: int = 1  # updates in one compiled call, for very short ones
     how: str = "pmap"  # how several devices are used: pmap or shard_map
 
-# %% ../../nbs/47_settings.ipynb #a634ceda
+# %% ../../nbs/47_settings.ipynb #07d7df0f
 TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedule": "process and loss",
           "ema_decay": "averages of the parameters", "checkpoint_every": "what is written to RUN",
           "dtype": "speed and memory"}  # the field that each begins with
@@ -121,7 +121,7 @@ def kind_of(
         return tuple
     return (typing.get_args(annotation) or (annotation,))[0]
 
-# %% ../../nbs/47_settings.ipynb #c3cdd6d8
+# %% ../../nbs/47_settings.ipynb #89487add
 def check_field(
     field,  # of `dataclasses.fields(TrainConfig)`
     value,  # what it was given
@@ -172,7 +172,7 @@ def check_built(
     if value and not set(needed) <= set(inspect.signature(function).parameters):
         raise NotImplementedError(f"{name}={value} is not built yet")
 
-# %% ../../nbs/47_settings.ipynb #bcff276a
+# %% ../../nbs/47_settings.ipynb #9d4cc138
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
 AS_STORED = ("idx", "npz")  # those whose images have a size already
 
@@ -183,7 +183,7 @@ def data_kind(
     kind, colon, _ = str(dataset).partition(":")
     return kind if colon and kind in IN_FOLDERS else dataset
 
-# %% ../../nbs/47_settings.ipynb #06578fcf
+# %% ../../nbs/47_settings.ipynb #ddc697db
 RECIPES: dict[str, dict[str, typing.Any]] = {
     "digits": {},
     "small28": dict(features=(28, 56, 112), res_blocks=2, attention_levels=2, emb_features=112,
@@ -218,15 +218,15 @@ def make_config(
     recipe = RECIPES[name]
     config = TrainConfig(**{**recipe, **given, "recipe": name})
     if config.optimizer_start:
-        raise ValueError(f"optimizer_start must be 0 in a new run, got {config.optimizer_start}: these settings "
-                         "are of a run whose optimizer was changed on the way")
+        raise ValueError(f"optimizer_start must be 0 in a new run, got {config.optimizer_start}: these "
+                         "settings are of a run whose optimizer was changed on the way")
     steps = given.get("steps")
     if recipe.get("warmup") and "warmup" not in given and isinstance(steps, int):
         share = min(1, steps / recipe["steps"])
         config = dataclasses.replace(config, warmup=int(recipe["warmup"] * share))
     return config
 
-# %% ../../nbs/47_settings.ipynb #4fe9fd6f
+# %% ../../nbs/47_settings.ipynb #895062e0
 def local_path(
     name,  # what the error should call it
     path,  # a path on this machine; ~ is the home folder
@@ -242,7 +242,7 @@ def local_path(
     except RuntimeError:
         raise ValueError(f"{name} must not begin with the home folder of nobody, got {path}") from None
 
-# %% ../../nbs/47_settings.ipynb #e9e2d560
+# %% ../../nbs/47_settings.ipynb #b1b45926
 def read_settings(
     path: str | Path,  # a .json or .toml file, in UTF-8
 ) -> dict[str, typing.Any]:
@@ -274,10 +274,10 @@ def merge_settings(
     "Both together; a `ValueError` for a recipe that the file's own settings would hide."
     wanted, has = by_flags.get("recipe"), in_file.get("recipe")
     if wanted and has and wanted != has:
-        raise ValueError(f"recipe={wanted} contradicts the file of --config, whose settings are those of {has}")
+        raise ValueError(f"recipe={wanted} contradicts the file of --config, which has those of {has}")
     return {**in_file, **by_flags}
 
-# %% ../../nbs/47_settings.ipynb #828c239b
+# %% ../../nbs/47_settings.ipynb #cbfbf4ef
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
               "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "max_skipped",
               "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
@@ -297,7 +297,7 @@ def change_config(
     changes = {name: value for name, value in given.items() if getattr(config, name) != value}
     for name, value in changes.items():
         if name in WITH_NEW_OPTIMIZER and fresh_at is None:
-            raise _contradiction(name, value, config, "leave it out, or begin a fresh optimizer by --new-optimizer")
+            raise _contradiction(name, value, config, "leave it out, or add --new-optimizer")
         moved = name == "dataset" and data_kind(value) == data_kind(config.dataset)
         if not moved and name not in MAY_CHANGE + WITH_NEW_OPTIMIZER:
             raise _contradiction(name, value, config, "leave it out, or name another folder by --out")
@@ -307,7 +307,7 @@ def change_config(
         changes["warmup"] = (config.steps - config.optimizer_start) // 10
     return dataclasses.replace(config, **changes)
 
-# %% ../../nbs/47_settings.ipynb #4e07d67d
+# %% ../../nbs/47_settings.ipynb #047b757b
 def _list_of(kind):
     "A parser of 32,64 as (32, 64)."
     def parse(text):
@@ -337,7 +337,7 @@ def _add_flag(group, field, text):
     group.add_argument(flag, type=parse, choices=CHOICES.get(field.name), metavar=metavar,
                        help=text + _default_text(field))
 
-# %% ../../nbs/47_settings.ipynb #fafec4af
+# %% ../../nbs/47_settings.ipynb #b2c6f2ab
 def _add_settings(parser):
     "A flag for each field of `TrainConfig`, under its topic."
     texts, group = docments(TrainConfig), parser
@@ -372,7 +372,7 @@ def train_parser():
     add("--process", type=int, metavar="I", help="this one's number, from 0")
     return parser
 
-# %% ../../nbs/47_settings.ipynb #b844cc88
+# %% ../../nbs/47_settings.ipynb #e3fdb31d
 def newest_step(
     out,  # the folder of a run
 ):
