@@ -7,7 +7,7 @@ __all__ = ['CHIPS', 'REACHED', 'make_network', 'data_shape', 'machine_memory', '
            'count_flops', 'measure_cost', 'memory_needed', 'check_fits', 'expected_seconds', 'in_words',
            'describe_cost']
 
-# %% ../../nbs/48_cost.ipynb #3ee20f03
+# %% ../../nbs/48_cost.ipynb #399e08af
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# %% ../../nbs/48_cost.ipynb #b9b1f588
+# %% ../../nbs/48_cost.ipynb #cce006fe
 from .settings import TrainConfig, check_built
 from ..data.stream import machine_memory as host_memory
 from ..models import SimpleUNet
 
-# %% ../../nbs/48_cost.ipynb #691e18bd
+# %% ../../nbs/48_cost.ipynb #df852f03
 def make_network(
     config,  # a `TrainConfig`
     channels,  # of the images
@@ -47,7 +47,7 @@ def data_shape(
     channels = config.channels or (1 if digits else 3)
     return (size, size, channels), config.sigma_data or (0.75 if digits else 0.5)
 
-# %% ../../nbs/48_cost.ipynb #714ef156
+# %% ../../nbs/48_cost.ipynb #de6b3fa2
 def machine_memory():
     "Bytes that the first device has; where it does not say, those of this machine."
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -76,7 +76,7 @@ def check_memory(
         raise ValueError(f"{name} must be at most {memory // each:,} here: {number:,} images of "
                          f"{H} x {W} x {C} take more than {due}, and there are {room}")
 
-# %% ../../nbs/48_cost.ipynb #b4695d71
+# %% ../../nbs/48_cost.ipynb #7aa1baf2
 @dataclass(frozen=True)
 class Cost:
     "What one image costs a network, and how many numbers the network has."
@@ -103,7 +103,7 @@ def count_flops(
         total += 2 * each * math.prod(line.outvars[0].aval.shape)
     return total
 
-# %% ../../nbs/48_cost.ipynb #0522931c
+# %% ../../nbs/48_cost.ipynb #65284e12
 @cache
 def _trace(network, shape, augment, labels):
     "The `Cost` of a network for images of this shape."
@@ -121,8 +121,8 @@ def _trace(network, shape, augment, labels):
     known = {id(var) for var in program.invars}
     arrays = {id(var): var.aval for var in program.outvars if id(var) not in known}.values()
     sizes = [math.prod(a.shape) * a.dtype.itemsize for a in arrays if any(n % B == 0 for n in a.shape)]
-    waiting_bytes = (sum(sizes) + 2 * max(sizes)) / B
-    return Cost(count_flops(program) / B, waiting_bytes, sum(math.prod(p.shape) for p in jax.tree.leaves(params)))
+    parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    return Cost(count_flops(program) / B, (sum(sizes) + 2 * max(sizes)) / B, parameters)
 
 def measure_cost(
     config,  # a `TrainConfig`
@@ -141,7 +141,7 @@ def memory_needed(
     arrays = 6 + len(config.ema_profiles)
     return 4 * cost.parameters * arrays + cost.waiting * images
 
-# %% ../../nbs/48_cost.ipynb #aa0db659
+# %% ../../nbs/48_cost.ipynb #3587706b
 def check_fits(
     cost,  # a `Cost`
     config,  # a `TrainConfig`
@@ -158,14 +158,14 @@ def check_fits(
     fit = int((0.9 * room - memory_needed(cost, config, 0)) / cost.waiting)
     if fit < 1:
         raise ValueError(f"features={config.features} need about {need / 1e9:,.0f} GB, and "
-                         f"{room / 1e9:,.0f} GB are there, too little for one image at a time; try a smaller network")
+                         f"{room / 1e9:,.0f} GB are there, too little for one image; try a smaller network")
     parts = next(n for n in range(-(-share // fit), share + 1) if share % n == 0)
     least = memory_needed(cost, config, share / parts)
     raise ValueError(f"batch_size={config.batch_size} needs about {need / 1e9:,.0f} GB on a device, and "
                      f"{room / 1e9:,.0f} GB are there; --accumulate {parts} keeps the batch and needs "
                      f"{least / 1e9:,.0f} GB, --batch-size {fit * devices} fits as it is")
 
-# %% ../../nbs/48_cost.ipynb #1413a5a9
+# %% ../../nbs/48_cost.ipynb #5ce0ec27
 CHIPS = {"an H100": (989e12, 3.35e12), "a TPU v4-8": (4 * 275e12, 4 * 1.2e12)}  # operations a second in
 # bfloat16, and bytes a second from memory, as their makers say
 REACHED = {"bfloat16": 0.25, "float32": 0.125}  # the share of the first that a step is taken to reach
