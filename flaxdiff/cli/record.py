@@ -195,6 +195,7 @@ def _time_left(row, config):
     seconds = (config.steps - row["step"]) * config.batch_size / max(speed, 1e-9)
     return f"here: {speed:,.0f} images/s, about {in_words(seconds)} to go"
 
+# %% ../../nbs/49_record.ipynb #6ffaf117
 def _start_wandb(config, out):
     "A run of Weights & Biases, the same one when resumed."
     try:

@@ -140,6 +140,7 @@ def check_field(
     if kind is float:
         check_real(name, value, 0, ends="[]" if name in MAY_BE_ZERO else "(]")
 
+# %% ../../nbs/47_settings.ipynb #503d2a76
 def check_config(
     config,  # a `TrainConfig`
 ):
