@@ -123,7 +123,7 @@ def build_trainer(
     trainer.config = dataclasses.asdict(config)
     return trainer
 
-# %% ../../nbs/38_train.ipynb #decd8b34
+# %% ../../nbs/38_train.ipynb #061a83fa
 def _settle(config, data):
     "With what only the data know: the number of classes, the size of arrays taken as stored."
     if config.labels and config.classes is None:
