@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'CODES', 'PACKAGES', 'FORMAT', 'VERSION', 'SAMPLERS', 'SHIP
            'nest', 'halve', 'arguments_of', 'to_json', 'from_json', 'rebuild', 'is_same', 'describe', 'local_folder',
            'new_folder', 'whole_folder', 'write_card', 'unwrapped', 'check_texts', 'check_parts', 'save_model',
            'file_sha256', 'write_text', 'SizedNetwork', 'PretrainedModel', 'shipped_models', 'find_model',
-           'read_description', 'make_parts', 'read_weights', 'load_model']
+           'read_description', 'make_parts', 'read_weights', 'load_params', 'load_model']
 
 # %% ../nbs/44_pretrained.ipynb #779d9e08
 import dataclasses
@@ -507,6 +507,13 @@ def read_weights(
     narrow = None if config["halved"] is None else jnp.dtype(config["halved"])
     return nest({name: jnp.asarray(x, jnp.float32 if x.dtype == narrow else None)
                  for name, x in read_tensors(path).items()})
+
+def load_params(
+    path_or_name: str | Path,  # a folder that `save_model` wrote, or the name of a shipped model
+) -> dict[str, Any]:
+    "The parameters alone, whatever network they are of."
+    folder = find_model(path_or_name)
+    return read_weights(folder / "model.safetensors", read_description(folder / "config.json"))
 
 def load_model(
     path_or_name: str | Path,  # a folder that `save_model` wrote, or the name of a shipped model

@@ -159,6 +159,7 @@ def check_floats(
 def check_images(
     images,  # (B, H, W, C), floating point, in [-1, 1]
     name="images",  # what the error should call it
+    must_be_finite=True,  # False: NaN and infinity may stand among them
 ):
     "Raise a `ValueError` unless `images` is a finite float batch (B, H, W, C) in [-1, 1]."
     images = np.asarray(images)
@@ -167,9 +168,11 @@ def check_images(
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point in [-1, 1], got {images.dtype}; "
                          "for bytes use images / 127.5 - 1")
-    lo, hi = float(images.min()), float(images.max())
-    if not (math.isfinite(lo) and math.isfinite(hi)):
+    finite = np.isfinite(images)
+    if must_be_finite and not finite.all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
+    lo = float(np.min(images, where=finite, initial=0))
+    hi = float(np.max(images, where=finite, initial=0))
     if lo < -1.001 or hi > 1.001:
         raise ValueError(f"{name} must lie in [-1, 1], got [{lo:.4g}, {hi:.4g}]; "
                          "for 0–255 use images / 127.5 - 1, for 0–1 use images * 2 - 1")

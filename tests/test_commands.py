@@ -3,7 +3,9 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -12,12 +14,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from flaxdiff.cli import cost as costing
 from flaxdiff.cli import sample as sampling
+from flaxdiff.cli import train as training
 from flaxdiff.cli.export import export_main, make_card, train_command
 from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, open_model, sample_parser,
                                  sampler_of)
+from flaxdiff.cli.cost import check_fits, count_flops, in_words, measure_cost
+from flaxdiff.cli.record import RunRecord
+from flaxdiff.cli.settings import (MAY_CHANGE, RECIPES, WITH_NEW_OPTIMIZER, change_config, check_config, kind_of,
+                                   make_config, merge_settings)
 from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate, local_path, make_trainer, read_settings,
-                                run_folder, save_grid)
+                                restore_run, run_folder, save_grid)
 from flaxdiff.predictors import X0Predictor
 from flaxdiff.pretrained import PretrainedModel, SizedNetwork, load_model
 from flaxdiff.training import TrainConfig, fingerprint, load_run, read_config, sample_main, train_main, train_parser, train_run
@@ -74,7 +82,7 @@ def test_resumed_is_never_stopped(finished, tmp_path):
     summary = train_run(TINY, out, resume=True, progress=False)
     timeless = lambda summary: {k: v for k, v in summary.items() if k not in ("seconds", "images_per_second")}
     assert timeless(summary) == timeless(finished[1])
-    timeless = lambda folder: [row.rsplit(",", 1)[0] for row in (folder / "metrics.csv").read_text().splitlines()]
+    timeless = lambda folder: [[row[name] for name in ("step", "loss", "gradient", "skipped")] for row in csv.DictReader((folder / "metrics.csv").open())]
     assert timeless(out) == timeless(finished[0])
     assert (out / "losses.csv").read_text() == (finished[0] / "losses.csv").read_text()
 
@@ -519,3 +527,255 @@ def test_a_command_says_every_setting_that_is_not_the_default():
     line = train_command(config)
     assert "--dataset 'folder:my pictures'" in line and "--flip" in line and "--features 8,16" in line and "--clip 0.5" in line and "--ema-profiles 0.1" in line
     assert "mine" not in line and "tensorboard" not in line and "uncertainty" not in line and "--steps" not in line
+
+
+# ---------------------------------------------------------------- longer, and changed
+
+def command(words, out, capsys=None):
+    "(what flaxdiff-train says, the configuration that it leaves)."
+    train_main([*map(str, words), "--out", str(out), "--quiet"])
+    return capsys.readouterr().out if capsys else None, read_config(out / "config.json")
+
+
+STEADY = [*FLAGS, "--decay", "constant", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    "A finished run of 20 updates whose learning rate does not know its end."
+    out = tmp_path_factory.mktemp("steady") / "run"
+    train_main([*STEADY, "--out", str(out)])
+    return out
+
+
+def sha(out): return json.loads((out / "summary.json").read_text())["params_sha256"]
+
+
+def test_a_finished_run_made_longer_is_the_long_run(steady, tmp_path, capsys):
+    out = tmp_path / "longer"
+    train_main([*STEADY, "--steps", "10", "--out", str(out)])
+    capsys.readouterr()
+    said, config = command(["--resume", "--steps", 20], out, capsys)
+    assert "changed steps 10 → 20" in said and config.steps == 20
+    assert sha(out) == sha(steady) and (out / "losses.csv").read_text() == (steady / "losses.csv").read_text()
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows][-1] == 20 and len({row["step"] for row in rows}) == len(rows)
+
+
+def test_the_rise_is_not_stretched(finished, tmp_path):
+    "A tenth of the run as it was begun, whatever it becomes."
+    assert change_config(TINY, {"steps": 200}).warmup == 2 and change_config(TINY, {"steps": 200, "seed": 0}).steps == 200
+    assert change_config(dataclasses.replace(TINY, warmup=5), {"steps": 200}).warmup == 5
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    _, config = command(["--resume", "--steps", 22], out)
+    assert (config.steps, config.warmup) == (22, 2) and json.loads((out / "summary.json").read_text())["steps"] == 22
+
+
+def test_what_may_change_is_changed_and_written_down(steady, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(steady, out)
+    words = "--steps 24 --checkpoint-every 4 --max-to-keep 2 --report-every 2 --sample-every 4 --no-tensorboard --accumulate 2 --remat --max-skipped 5".split()
+    _, config = command(["--resume", *words], out)
+    assert (config.checkpoint_every, config.max_to_keep, config.report_every, config.sample_every, config.accumulate, config.remat, config.tensorboard) == (4, 2, 2, 4, 2, True, False)
+    assert {"20", "24"} <= {path.name for path in (out / "checkpoints").iterdir()} and (out / "samples" / "00000024.png").exists()
+
+
+OTHER = {int: 7, float: 0.25, bool: None, str: "other", tuple: (24,)}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_one_table_says_what_may_change(field):
+    "All else is refused, by name, with what came and what the run has."
+    value = not field.default if field.type is bool else OTHER[kind_of(field.type)]
+    given = {field.name: value}
+    if field.name in MAY_CHANGE: assert getattr(change_config(TINY, given), field.name) == value
+    else:
+        with pytest.raises(ValueError) as e: change_config(TINY, given)
+        assert str(e.value).startswith(f"{field.name}={value}") and f"{field.name}={getattr(TINY, field.name)}" in str(e.value)
+        assert ("--new-optimizer" in str(e.value)) == (field.name in WITH_NEW_OPTIMIZER)
+    if field.name in WITH_NEW_OPTIMIZER: assert getattr(change_config(TINY, given, 20), field.name) == value
+
+
+def test_a_finished_run_is_left_alone_and_says_so(steady, capsys):
+    before = {p: p.stat().st_mtime_ns for p in steady.rglob("*")}
+    said, _ = command(["--resume", "--report-every", 3], steady, capsys)
+    assert "finished" in said and "--steps" in said
+    refused(train_main, ["--out", steady, "--resume", "--new-optimizer"], "--steps", capsys)
+    said, _ = command(["--resume", "--steps", 10], steady, capsys)
+    assert "finished" in said
+    assert before == {p: p.stat().st_mtime_ns for p in steady.rglob("*")}
+
+
+def test_a_fresh_optimizer_only_by_name(steady, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(steady, out)
+    refused(train_main, ["--out", out, "--resume", "--steps", "24", "--learning-rate", "1e-4"], "--new-optimizer", capsys)
+    refused(train_main, ["--out", tmp_path / "none", "--new-optimizer"], "--resume", capsys)
+    words = ["--resume", "--steps", 24, "--new-optimizer", "--learning-rate", 1e-4, "--clip", 1]
+    said, config = command(words, out, capsys)
+    assert (config.optimizer_start, config.learning_rate, config.clip, config.warmup) == (20, 1e-4, 1, None)
+    assert "learning_rate 0.002 → 0.0001" in said
+    # Killed before its first checkpoint of its own, it goes on the same.
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    (again / "summary.json").unlink()
+    shutil.rmtree(again / "checkpoints" / "24")
+    refused(train_main, ["--out", again, "--resume", "--steps", "10"], "--steps", capsys)
+    command(["--resume"], again)
+    assert sha(again) == sha(out)
+    trainer, _, _, done = restore_run(config, out)
+    assert done == 24 and trainer.steps_done == 24 and len(trainer.losses) == 24
+
+
+def pictures(folder, n=20, size=8):
+    "A folder of n small grey pictures."
+    folder.mkdir(parents=True)
+    greys = np.random.default_rng(0).integers(0, 256, (n, size, size), np.uint8)
+    for i, grey in enumerate(greys): PIL.Image.fromarray(grey).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_the_pictures_may_move(tmp_path, capsys):
+    here, there, out = pictures(tmp_path / "here"), tmp_path / "there", tmp_path / "run"
+    size = ["--image-size", 8, "--channels", 1, "--recipe", "digits"]
+    command([*FLAGS, *size, "--steps", 4, "--dataset", f"folder:{here}"], out)
+    here.rename(there)
+    refused(train_main, ["--out", out, "--resume", "--steps", "6", "--dataset", "digits"], "--dataset", capsys)
+    _, config = command(["--resume", "--steps", 6, "--dataset", f"folder:{there}"], out)
+    assert config.dataset == f"folder:{there}" and json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+def test_rows_with_new_columns(finished, tmp_path):
+    "An evaluation adds to a row: the table gets a column, and older rows nothing in it."
+    history = [{"step": 1, "loss": 0.5, "gradient": None, "skipped": 0, "images_per_second": 9.0}]
+    trainer = load_run(finished[0])
+    trainer.record.history = history
+    record = RunRecord(dataclasses.replace(TINY, tensorboard=False, sample_every=1000), tmp_path, trainer)
+    history.append({**history[0], "step": 2, "validation_loss": 0.25})
+    record(history[-1])
+    history.append({**history[0], "step": 3})
+    record(history[-1])
+    record.close()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["validation_loss"], row["gradient"]) for row in rows] == [("1", "", ""), ("2", "0.25", ""), ("3", "", "")]
+
+
+# ---------------------------------------------------------------- recipes, memory, time
+
+@pytest.mark.parametrize("given, name", [
+    ({}, "digits"), ({"dataset": "digits", "image_size": 8}, "digits"), ({"dataset": "folder:x", "image_size": 28}, "small28"),
+    ({"dataset": "folder:x"}, "photos64"), ({"dataset": "oxford_flowers102", "image_size": 64}, "photos64"),
+    ({"dataset": "folder:x", "image_size": 65}, "photos128"), ({"dataset": "folder:x", "recipe": "digits"}, "digits")])
+def test_a_recipe_suits_the_data(given, name):
+    config = make_config(given)
+    assert config.recipe == name and all(getattr(config, field) == value for field, value in RECIPES[name].items())
+
+
+def test_flags_go_before_a_recipe_and_are_written_down():
+    config = make_config({"recipe": "photos64", "dataset": "folder:x", "steps": 7813, "augment": 0.0})
+    assert (config.steps, config.augment, config.warmup, config.batch_size) == (7813, 0, 390, 256)
+    assert make_config({"recipe": "photos64", "steps": 10 ** 7}).warmup == 39_062
+    assert make_config(dataclasses.asdict(config)) == config
+    with pytest.raises(ValueError, match="recipe must be one of digits, .*photo"): make_config({"recipe": "photo"})
+    with pytest.raises(ValueError, match="optimizer_start"): make_config({"optimizer_start": 5})
+    with pytest.raises(ValueError, match="recipe=digits contradicts"): merge_settings(dataclasses.asdict(config), {"recipe": "digits"})
+
+
+@pytest.mark.parametrize("name, millions", [("digits", 0.56), ("small28", 2.5), ("photos64", 60), pytest.param("photos128", 420, marks=pytest.mark.slow)])
+def test_recipes_are_of_the_published_size(name, millions):
+    "About: the published networks have 61.8 and 422 million parameters."
+    config = make_config({"recipe": name, "dataset": "digits" if name == "digits" else "folder:x", "image_size": {"small28": 28, "photos128": 128}.get(name)})
+    check_config(config)
+    assert 0.5 < measure_cost(config).parameters / 1e6 / millions < 1.5
+
+
+def test_flops_are_counted_in_products_convolutions_and_loops():
+    import jax
+    import jax.numpy as jnp
+    def count(f, *shapes): return count_flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)).jaxpr)
+    assert count(jnp.matmul, (3, 4), (4, 5)) == 2 * 3 * 4 * 5
+    def convolve(x, w): return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert count(convolve, (2, 8, 8, 3), (3, 3, 3, 7)) == 2 * 2 * 8 * 8 * 7 * 3 * 3 * 3
+    def loop(x, w): return jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, w), None), x, None, length=6)[0]
+    assert count(loop, (4, 4), (4, 4)) == 6 * 2 * 4 ** 3
+
+
+def test_a_hundred_photographs_at_the_defaults_say_at_once_what_would_fit(tmp_path, monkeypatch, capsys):
+    pictures(tmp_path / "photos", 3, 64)
+    for module in (training, costing): monkeypatch.setattr(module, "machine_memory", lambda: 24e9)
+    words = ["--dataset", f"folder:{tmp_path / 'photos'}", "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as e: train_main([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and len(said.splitlines()) == 1 and "--batch-size" in said and "24 GB" in said and not (tmp_path / "run").exists()
+    parts, fits = (int(re.search(rf"--{flag} (\d+)", said)[1]) for flag in ("accumulate", "batch-size"))
+    config = make_config({"dataset": "folder:x"})
+    cost = measure_cost(config)
+    check_fits(cost, dataclasses.replace(config, accumulate=parts))
+    check_fits(cost, dataclasses.replace(config, batch_size=fits))
+    assert 256 % parts == 0
+    for change in ({"accumulate": parts // 2}, {"batch_size": 2 * fits}):
+        with pytest.raises(ValueError, match="24 GB"): check_fits(cost, dataclasses.replace(config, **change))
+    monkeypatch.setattr(costing, "machine_memory", lambda: 1e9)
+    with pytest.raises(ValueError, match="features.*smaller network"): check_fits(cost, config)
+
+
+def test_a_run_says_how_long_it_will_take(tmp_path, capsys):
+    "Elsewhere, as an estimate, before it begins; and here, once it is measured; and again where it goes on."
+    train_main([*(word for word in FLAGS if word != "--quiet"), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out.splitlines()
+    (before,), (after,) = ([line for line in said if line.startswith(start)] for start in ("20 updates", "here: "))
+    assert all(word in before for word in ("an H100", "a TPU v4-8", "estimated")) and said.index(before) < said.index(after)
+    assert "images/s" in after and "to go" in after
+
+
+@pytest.mark.parametrize("seconds, words", [(0, "0 s"), (40, "40 s"), (119, "119 s"), (120, "2 min"), (12_600, "3.5 h"), (691_200, "8 days")])
+def test_times_in_words(seconds, words): assert in_words(seconds) == words
+
+
+# ---------------------------------------------------------------- signals, from the first moment to the last
+
+def interrupt(monkeypatch, name):
+    "SIGTERM comes whenever a function of the command is called."
+    before = getattr(training, name)
+    def call(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before(*args, **kwargs)
+    monkeypatch.setattr(training, name, call)
+
+
+@pytest.mark.parametrize("name", ["read_settings", "settle", "open_data", "build_trainer"])
+def test_a_signal_before_the_first_update_stops_without_a_loss(name, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, name)
+        train_main(["--config", str(finished[0] / "config.json"), "--out", str(out), "--quiet"])
+    assert "stopped as asked" in capsys.readouterr().out and not list(out.glob("checkpoints/[0-9]*")) and not (out / "summary.json").exists()
+    train_main(["--config", str(finished[0] / "config.json"), "--out", str(out), "--quiet", "--resume"])
+    assert sha(out) == finished[1]["params_sha256"]
+
+
+@pytest.mark.parametrize("name", ["_summarise", "save_grid", "write_json"])
+def test_a_signal_while_the_last_pictures_are_drawn_lets_them_be_drawn(name, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    with monkeypatch.context() as patch:
+        interrupt(patch, name)
+        train_main(["--out", str(out), "--quiet", "--resume"])
+    said = capsys.readouterr().out
+    if name == "write_json": assert "stopped as asked" in said  # config.json's, before anything is trained
+    else: assert "20 steps" in said and (out / "samples.png").exists() and sha(out) == finished[1]["params_sha256"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_exit_statuses_are_in_the_manual():
+    text = " ".join(train_parser().format_help().split())
+    assert "Exit status: 0 finished, or stopped by a signal and saved; 1 the run could not go on; 2 a flag is wrong" in text
+
+
+def test_a_second_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(training, "settle", interrupted)
+    status, line = error_of(train_main, ["--out", tmp_path / "run"], capsys)
+    assert (status, line) == (130, "error: interrupted")

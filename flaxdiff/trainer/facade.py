@@ -8,12 +8,13 @@ __all__ = ['WEIGHT_READERS', 'STATE_FIELDS', 'TrainedModel', 'split_batch', 'as_
            'open_run', 'key_like', 'key_kinds', 'without_types', 'with_types', 'step_without_types', 'StateOnDevices',
            'check_like', 'read_weights', 'has_checkpoints', 'align_record', 'last_rate', 'checkpoint_loss',
            'initialize_trainer', 'forget', 'check_begun', 'write_down', 'make_evaluation', 'make_callbacks',
-           'fit_trainer', 'save_trainer', 'restore_trainer', 'TrainerOptions', 'DiffusionTrainer']
+           'fit_trainer', 'save_trainer', 'check_widths', 'restore_trainer', 'TrainerOptions', 'DiffusionTrainer']
 
 # %% ../../nbs/35_trainer.ipynb #72833bff
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import optax
 from ..data.prefetch import prefetch_to_device
 from ..denoiser import Denoiser
 from ..predictors.common import EpsilonPredictor, check_predictor
+from ..pretrained import load_params, save_model
 from . import checkpoints
 from .checkpoints import by_path
 from .ema import save_snapshot
@@ -78,7 +80,7 @@ def split_batch(
     if "image" not in conditions:
         raise ValueError(f"data must yield images, or dicts with 'image', got the keys {sorted(conditions)}")
     image = as_array(conditions.pop("image"))
-    check_images(image, "data")
+    check_images(image, "data", must_be_finite=image_shape is None)  # later ones are skipped by the step
     if image_shape and image.shape[1:] != image_shape:
         raise ValueError(f"data must keep the image shape {image_shape} of its first batch, got "
                          f"{image.shape[1:]}")
@@ -362,6 +364,7 @@ def has_checkpoints(
 WEIGHT_READERS: list[tuple[Callable[[Path], bool], Callable[[Path], Any]]] = [
     (has_checkpoints, lambda folder: checkpoints.load_average(folder)[0]),
     (lambda folder: (folder / "checkpoints").is_dir(), lambda folder: read_weights(folder / "checkpoints")),
+    (lambda folder: (folder / "model.safetensors").exists(), load_params),
 ]  # (whether it can read a folder, how); another kind of folder is one more line
 
 # %% ../../nbs/35_trainer.ipynb #0a445780
@@ -499,8 +502,6 @@ def fit_trainer(
     "`run_loop` with a trainer's step and its callbacks; every exit waits for what is being written."
     record, saver = trainer.record, trainer.run_checkpoints
     steps = range(trainer.steps_done, trainer.steps_done + total)
-    if saver is not None:
-        saver.check_own()
     align_record(record, steps.start)
     bar = ProgressBar(record, total, str(trainer.name), show)
     watchers = make_callbacks(trainer, bar, callbacks, on_report)
@@ -509,7 +510,7 @@ def fit_trainer(
     save = None if saver is None else partial(trainer.save, feed)
     trainer.preempted = False
     try:
-        with bar, PreemptionFlag(saver is not None) as preemption:
+        with saver or nullcontext(), bar, PreemptionFlag(saver is not None) as preemption:
             trainer.preempted = run_loop(trainer.take_steps, feed, steps, record, watchers, preemption, save,
                                          trainer.checkpoint_every, trainer.steps_per_dispatch, report_every)
     except TrainingDiverged:  # another `fit` may try again
@@ -518,8 +519,6 @@ def fit_trainer(
     finally:
         if reader.read > trainer.steps_done - steps.start and hasattr(reader, "set_state"):
             reader.set_state(feed.get_state())  # what was read ahead is read again
-        if saver is not None:
-            saver.finish()
 
 # %% ../../nbs/35_trainer.ipynb #890b5099
 def save_trainer(
@@ -534,27 +533,37 @@ def save_trainer(
     key = np.asarray(jax.random.key_data(trainer.key)).tolist()
     place = data.get_state() if hasattr(data, "get_state") else None
     contents = {"config": trainer.config, "losses": trainer.losses, "history": trainer.history,
-                "levels": trainer.levels.tolist(), "key": key, "data": place}
+                "levels": trainer.levels.tolist(), "key": key, "data": place,
+                "ema_profiles": list(trainer.ema_profiles)}
     is_new = trainer.run_checkpoints.save(state, contents, checkpoint_loss(trainer))
     if is_new and trainer.ema_profiles and jax.process_index() == 0:
         folder = Path(trainer.checkpoint_dir) / "ema"
         save_snapshot(folder, int(state.step), state.profiles, trainer.ema_profiles)
 
+def check_widths(
+    there: Any,  # σ_rel of the averages in a checkpoint; None in one that does not tell
+    here: Sequence[float],  # the trainer's own
+) -> None:
+    "An `OtherNetwork` where the checkpoint's averages are of other widths."
+    if there is not None and list(there) != list(here):
+        raise checkpoints.OtherNetwork(f"ema_profiles must be the checkpoint's own, {tuple(there)}, "
+                                       f"got {tuple(here)}")
+
 def restore_trainer(
     trainer: Any,  # a `DiffusionTrainer` of the same parts, initialized
     data: Any = None,  # the stream to move to its saved place
     step: int | str | None = None,  # of a checkpoint, or "best"; the newest that is whole by default
+    fresh_optimizer: bool = False,  # True: the optimizer, perhaps another, begins with no memory
 ) -> int | None:
     "Put back what `save_trainer` wrote; returns the step, or None where nothing was written."
     if trainer.run_checkpoints is None:
         raise ValueError("checkpoint_dir must be given to the trainer to restore checkpoints")
     check_begun(trainer, "restored")
-    like = trainer.training.look()
-    which = () if step is None else (step,)
-    found = trainer.run_checkpoints.restore(like, *which)
+    found = trainer.run_checkpoints.restore(trainer.training.look(), step, fresh_optimizer)
     if found is None:
         return None
     state, contents = found
+    check_widths(contents.get("ema_profiles"), trainer.ema_profiles)
     trainer.training.put(state)
     trainer.record.load(contents)
     align_record(trainer.record, trainer.steps_done)
@@ -702,9 +711,19 @@ class DiffusionTrainer(TrainerOptions):
     def restore(self,
                 data: Any = None,  # the stream to move to its saved place
                 step: int | str | None = None,  # of a checkpoint, or "best"; the newest whole one by default
+                fresh_optimizer: bool = False,  # True: the optimizer, perhaps another, begins with no memory
                ) -> int | None:
         "Go on from a checkpoint, after `initialize`; returns its step, or None where there is none."
-        return restore_trainer(self, data, step)
+        return restore_trainer(self, data, step, fresh_optimizer)
+
+    def export(self,
+               path: str | Path,  # a new folder
+               **options: Any,  # of `save_model`: card, dtype, encoder, …
+              ) -> None:
+        "Write the averaged network as a folder that `load_model` reads, without data, optimizer or run."
+        check_begun(self, "exported")
+        save_model(path, self.model.module, self.training.look().ema_params, self.noise_schedule,
+                   self.model_output_transform, self.model.image_shape, **options)
 
     @property
     def losses(self) -> list[float]:
