@@ -1,4 +1,4 @@
-"""The commands, a module each: `flaxdiff-train`, `flaxdiff-sample` and `flaxdiff-tpu`; here is what all three share."""
+"""The commands, a module each: `flaxdiff-train`, `flaxdiff-sample`, `flaxdiff-export` and `flaxdiff-tpu`; here is what all share."""
 import argparse
 import io
 import sys

@@ -15,20 +15,24 @@ import jax
 # %% ../../nbs/46_export.ipynb #ef1bcef5
 from . import CommandParser, open_console
 from .sample import checkpoint_step, run_model
+from .settings import make_config
 from .train import local_path, read_config, read_summary, run_command
 from ..pretrained import save_model
 
 # %% ../../nbs/46_export.ipynb #056ce673
-NOT_OF_THE_MODEL = ("data_dir", "tensorboard", "wandb")
+NOT_OF_THE_MODEL = ("data_dir", "tensorboard", "wandb", "optimizer_start")
 
 def train_command(
     config,  # a `TrainConfig`
 ):
-    "The flaxdiff-train command of such a run: every setting that is not the default."
+    "The flaxdiff-train command of such a run: every setting that is not its recipe's."
     words = ["flaxdiff-train", f"--dataset {shlex.quote(config.dataset)}"]
+    if config.dataset != "digits":
+        words.append(f"--recipe {config.recipe}")
+    usual = make_config({"dataset": config.dataset, "recipe": config.recipe})
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name in ("dataset", *NOT_OF_THE_MODEL):
+        if value == getattr(usual, field.name) or field.name in ("dataset", *NOT_OF_THE_MODEL):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 # %% ../../nbs/39_sample.ipynb #25f9025e
 from . import CommandParser, open_console
-from .train import (PREDICTORS, SCHEDULES, build_trainer, check_config, check_memory, data_shape,
-                                local_path, make_network, picture_format, read_config, run_command, save_grid,
+from .train import (build_trainer, check_config, check_memory, data_shape, local_path, make_network,
+                                make_process, picture_format, read_config, run_command, save_grid,
                                 write_whole)
 from ..pretrained import SAMPLERS, PretrainedModel, SizedNetwork, load_model, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
-from ..trainer import checkpoints
+from ..trainer.checkpoints import load_average
 from ..utils import check_choice, check_positive_int
 
 # %% ../../nbs/39_sample.ipynb #c6c2d8fd
@@ -57,20 +56,7 @@ def read_average(
         raise ValueError(f"RUN must hold a checkpoint, {run} has none yet; train it first")
     if step is not None:
         check_choice("checkpoint", step, (*steps, "best"))
-    load = getattr(checkpoints, "load_average", _load_average)
-    return load(folder, step)
-
-def _load_average(folder, step):
-    "The same from checkpoints whose average is no item of its own: the whole state is read."
-    manager = checkpoints.open_checkpoints(folder)
-    def loss(step):
-        sealed = manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
-        return json.loads(sealed["record"])["loss"]
-    if step == "best":
-        step = min(sorted(manager.all_steps(), reverse=True), key=loss)
-    step = manager.latest_step() if step is None else step
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-    return state["ema_params"], step
+    return load_average(folder, step)
 
 # %% ../../nbs/39_sample.ipynb #3c95c009
 def run_model(
@@ -80,10 +66,8 @@ def run_model(
     "(`PretrainedModel` of a run, its step): no data set, no optimizer. `ValueError` where there is none."
     config = read_config(local_path("RUN", run) / "config.json")
     check_config(config)
-    shape, sigma_data = data_shape(config)
-    edm = {"sigma_data": sigma_data}
-    schedule = SCHEDULES[config.schedule](**edm if config.schedule in ("edm", "karras") else {})
-    predictor = PREDICTORS[config.predictor](**edm if config.predictor == "edm" else {})
+    shape, _ = data_shape(config)
+    schedule, predictor = make_process(config)
     params, step = read_average(run, checkpoint)
     network = SizedNetwork(make_network(config, shape[-1]), shape)
     return PretrainedModel(network, params, schedule, predictor, shape), step

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'IN_FOLDERS', 'AS_STORED', 'RECIPES',
-           'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig', 'kind_of', 'check_field', 'check_config', 'check_built',
-           'data_kind', 'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings',
+           'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig', 'kind_of', 'check_field', 'check_config', 'data_kind',
+           'choose_recipe', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings',
            'change_config', 'train_parser', 'newest_step', 'choose_config', 'describe_changes']
 
 # %% ../../nbs/47_settings.ipynb #98f29761
 import argparse
 import dataclasses
-import inspect
 import json
 import re
 import tomllib
@@ -47,7 +46,7 @@ LOSSES = {"plain": lambda schedule, sigma_data: None,
 CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
            "schedule": list(SCHEDULES), "predictor": list(PREDICTORS), "loss": list(LOSSES),
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
-           "how": ["pmap", "shard_map"]}
+           "how": ["pmap", "shard_map", "jit"]}
 
 # %% ../../nbs/47_settings.ipynb #b751d652
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class TrainConfig:
     accumulate: int = 1  # parts of a batch that are worked through one after the other, to save memory
     remat: bool = False  # work through each block again on the way back: less memory, more time
     steps_per_dispatch: int = 1  # updates in one compiled call, for very short ones
-    how: str = "pmap"  # how several devices are used: pmap or shard_map
+    how: str = "pmap"  # how several devices are used: pmap, shard_map or jit
+    fsdp: bool = False  # with --how jit: parameters, average and optimizer are cut over the devices
 
 # %% ../../nbs/47_settings.ipynb #07d7df0f
 TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedule": "process and loss",
@@ -159,19 +159,11 @@ def check_config(
     most = config.steps - config.optimizer_start
     if config.warmup is not None and config.warmup > most:
         raise ValueError(f"warmup must lie in [0, {most}], the updates there are, got {config.warmup}")
+    if config.fsdp and config.how != "jit":
+        raise ValueError(f"fsdp=True needs how='jit', got how={config.how!r}")
     if config.loss != "plain" and config.uncertainty:
         raise ValueError("uncertainty=True learns the weights of the levels itself: "
                          f"loss must be 'plain', got {config.loss!r}")
-
-def check_built(
-    name,  # of a setting
-    value,  # what it was given
-    function,  # that must know of it
-    *needed,  # names of its parameters
-):
-    "A refusal by name where another part of the library does not know a setting yet."
-    if value and not set(needed) <= set(inspect.signature(function).parameters):
-        raise NotImplementedError(f"{name}={value} is not built yet")
 
 # %% ../../nbs/47_settings.ipynb #9d4cc138
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
@@ -280,7 +272,7 @@ def merge_settings(
 
 # %% ../../nbs/47_settings.ipynb #cbfbf4ef
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
-              "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "max_skipped",
+              "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp", "max_skipped",
               "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer
 

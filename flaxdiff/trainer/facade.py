@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_READERS', 'STATE_FIELDS', 'TrainedModel', 'split_batch', 'as_array', 'check_condition', 'ReadyBatch',
-           'make_ready', 'stack_batches', 'BatchReader', 'send_ahead', 'check_key', 'check_devices', 'complete_options',
-           'open_run', 'key_like', 'key_kinds', 'without_types', 'with_types', 'step_without_types', 'StateOnDevices',
-           'check_like', 'read_weights', 'has_checkpoints', 'align_record', 'last_rate', 'checkpoint_loss',
-           'initialize_trainer', 'forget', 'check_begun', 'write_down', 'make_evaluation', 'make_callbacks',
-           'fit_trainer', 'save_trainer', 'check_widths', 'restore_trainer', 'TrainerOptions', 'DiffusionTrainer']
+           'make_ready', 'stack_batches', 'BatchReader', 'send_ahead', 'check_key', 'check_devices', 'check_rate',
+           'complete_options', 'open_run', 'key_like', 'key_kinds', 'without_types', 'with_types', 'step_without_types',
+           'StateOnDevices', 'check_like', 'read_weights', 'has_checkpoints', 'align_record', 'last_rate',
+           'checkpoint_loss', 'initialize_trainer', 'forget', 'check_begun', 'write_down', 'make_evaluation',
+           'make_callbacks', 'fit_trainer', 'save_trainer', 'check_widths', 'restore_trainer', 'TrainerOptions',
+           'DiffusionTrainer']
 
 # %% ../../nbs/35_trainer.ipynb #72833bff
 import dataclasses
@@ -196,15 +197,21 @@ def check_devices(
         raise ValueError("devices must name at least one device, or be left out for all of them, got none")
     return devices
 
+def check_rate(
+    rate: Any,  # a number, a schedule of optax, or None
+) -> Any:
+    "`rate`; a `ValueError` where it is no learning rate."
+    if rate is not None and not callable(rate):
+        check_real("learning_rate", rate, 0)
+    return rate
+
 def complete_options(
     trainer: Any,  # a `DiffusionTrainer` as its fields were given
 ) -> None:
     "Put in what was left out; a `ValueError` where things do not fit together."
     if trainer.noise_schedule is None:
         raise ValueError("noise_schedule must be given, for instance EDMNoiseScheduler()")
-    rate: Any = trainer.learning_rate
-    if rate is not None and not callable(rate):
-        check_real("learning_rate", rate, 0)
+    rate = check_rate(trainer.learning_rate)
     trainer.optimizer = trainer.optimizer or optax.adam(2e-4 if rate is None else rate)
     trainer.model_output_transform = trainer.model_output_transform or EpsilonPredictor()
     check_predictor(trainer.model_output_transform, trainer.noise_schedule)
@@ -388,8 +395,8 @@ def last_rate(
         return float(rate(max(trainer.steps_done - skipped - 1, 0)))
     if rate is not None:
         return float(rate)
-    rates: Any = optax.tree.get_all_with_path(trainer.training.look().opt_state, "learning_rate")
-    return float(rates[0][1]) if rates else None
+    rates = optax.tree.get_all_with_path(trainer.training.look().opt_state, "learning_rate")
+    return float(np.asarray(rates[0][1])) if rates else None
 
 def checkpoint_loss(
     trainer: Any,  # a `DiffusionTrainer`
