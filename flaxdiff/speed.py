@@ -89,10 +89,10 @@ def has_flash_attention() -> bool:
 
 # %% ../nbs/39_speed.ipynb #26b925df
 def linear_operation(
-    push: Callable[..., Any],  # (*inputs, *tangents) -> the derivative along the tangents, shaped as the first
+    push: Callable[..., Any],  # (*inputs, *tangents) -> the derivative along them, shaped as the first
     pull: Callable[..., Any],  # (cotangent, *inputs) -> a gradient by each input
 ) -> Primitive:
-    "An operation that does `push`; its gradient by the tangents is `pull`, every other derivative is of `push`."
+    "An operation that does `push`; its gradient by the tangents is `pull`, the others are those of `push`."
     def differentiate(arguments, tangents):
         return jax.jvp(push, arguments, tuple(map(ad.instantiate_zeros, tangents)))
 
@@ -120,7 +120,7 @@ def with_every_derivative(
     plain: Callable[..., Any],  # the same values; with all derivatives
     platform: str = "cuda",  # where `fast` can run; elsewhere it is `plain`
 ) -> Callable[..., Any]:
-    "`fast`, forwards and its gradient; every other derivative is `plain`'s. The result is shaped as the first input."
+    "`fast`, forwards and its gradient; every other derivative is `plain`'s. Shaped as the first input."
     def chosen(f, g):
         return lambda *inputs: jax.lax.platform_dependent(*inputs, default=g, **{platform: f})
 
@@ -133,7 +133,7 @@ def with_every_derivative(
     pull = jax.custom_jvp(chosen(gradient_of(fast), gradient_of(plain)))
     pull.defjvp(lambda primals, tangents: jax.jvp(gradient_of(plain), primals, tangents))
     along = linear_operation(push, pull)
-    # When a gradient will be asked for, the way forward is the one that the way back repeats: XLA merges the two.
+    # Where a gradient is asked for, the way forward is the one that the way back repeats; XLA merges both.
     call = jax.custom_jvp(chosen(fast, plain))
     kept = jax.custom_jvp(chosen(lambda *inputs: jax.vjp(fast, *inputs)[0], plain))
     for f in (call, kept):
@@ -171,9 +171,11 @@ def cache_programs(
         try:
             where = programs_folder(folder)
         except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-            why_not = f"{getattr(error, 'filename', None) or ''} {getattr(error, 'strerror', None) or error}".strip()
+            place, reason = getattr(error, "filename", None) or "", getattr(error, "strerror", None) or error
+            why_not = f"{place} {reason}".strip()
             if folder is not None:
-                raise ValueError(f"folder must be one that can be written to, got {str(folder)!r}: {why_not}") from error
+                raise ValueError(f"folder must be one that can be written to, got {str(folder)!r}: "
+                                 f"{why_not}") from error
     jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least_seconds))
     reset_cache()  # JAX decides at the first program whether there is a cache

@@ -272,8 +272,8 @@ def merge_settings(
 
 # %% ../../nbs/42_settings.ipynb #cbfbf4ef
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
-              "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp", "max_skipped",
-              "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
+              "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp",
+              "max_skipped", "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer
 
 def _contradiction(name, given, config, hint):

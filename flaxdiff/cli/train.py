@@ -112,8 +112,9 @@ def build_trainer(
         loss_weight=LOSSES[config.loss](schedule, sigma_data),
         time_density=uniform_log_snr(schedule) if config.loss == "elbo" else None,
         uncertainty=LearnedUncertainty() if config.uncertainty else None,
-        flip=config.flip, augment=config.augment, how=config.how, fsdp=config.fsdp, accumulate=config.accumulate,
-        steps_per_dispatch=config.steps_per_dispatch, max_skipped=config.max_skipped,
+        flip=config.flip, augment=config.augment, how=config.how, fsdp=config.fsdp,
+        accumulate=config.accumulate, steps_per_dispatch=config.steps_per_dispatch,
+        max_skipped=config.max_skipped,
         checkpoint_dir=None if run is None else Path(run) / "checkpoints",
         checkpoint_every=config.checkpoint_every if run is not None else None, max_to_keep=config.max_to_keep)
     trainer.initialize(_zeros(config))

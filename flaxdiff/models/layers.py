@@ -198,7 +198,9 @@ def convolve(
 def repeat_then_convolve(
     x: jax.Array,  # (B, H, W, C)
     kernel: jax.Array,  # (3, 3, C, features)
-    *_, precision=None, **__,
+    *_,
+    precision: Any = None,  # of the products
+    **__,
 ) -> jax.Array:
     "A 3×3 convolution of x with each pixel repeated twice each way, (B, 2H, 2W, features), as it is said."
     return convolve(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel, "SAME", precision)
@@ -206,7 +208,9 @@ def repeat_then_convolve(
 def convolve_four_times(
     x: jax.Array,  # (B, H, W, C)
     kernel: jax.Array,  # (3, 3, C, features)
-    *_, precision=None, **__,
+    *_,
+    precision: Any = None,  # of the products
+    **__,
 ) -> jax.Array:
     "The same by four convolutions of 2×2 (5), without ever making the repeated picture."
     for _ in range(2):  # down, and then across

@@ -74,7 +74,7 @@ def check_labels(
         return
     known = (np.asarray(label) >= 0) & (np.asarray(label) <= unet.num_classes)
     if not known.all():
-        raise ValueError(f"label must lie in 0 … {unet.num_classes - 1}, or be {unet.num_classes} for no class, "
+        raise ValueError(f"label must lie in 0 … {unet.num_classes - 1}, or be {unet.num_classes} for none, "
                          f"got {np.asarray(label)[~known][0]}")
 
 # %% ../../nbs/23_unet.ipynb #2b5bf021
@@ -125,7 +125,7 @@ class SimpleUNet(nn.Module):
     norm_groups: int = 32  # groups of each GroupNorm, at most
     dtype: Any = None  # of the computation, e.g. jnp.bfloat16; parameters stay float32
     remat: bool = False  # work through each block again on the way back: less memory, more time
-    num_classes: int | None = None  # K: labels are 0 … K-1, and K stands for no class; None: there are no labels
+    num_classes: int | None = None  # K: labels are 0 … K-1, and K stands for no class; None: no labels
 
     def __post_init__(self):
         object.__setattr__(self, "feature_depths", freeze(self.feature_depths or ()))

@@ -205,6 +205,7 @@ def check_rate(
         check_real("learning_rate", rate, 0)
     return rate
 
+# %% ../../nbs/37_trainer.ipynb #1a77aefd
 def complete_options(
     trainer: Any,  # a `DiffusionTrainer` as its fields were given
 ) -> None:
@@ -547,6 +548,7 @@ def save_trainer(
         folder = Path(trainer.checkpoint_dir) / "ema"
         save_snapshot(folder, int(state.step), state.profiles, trainer.ema_profiles)
 
+# %% ../../nbs/37_trainer.ipynb #89cd9f5e
 def check_widths(
     there: Any,  # σ_rel of the averages in a checkpoint; None in one that does not tell
     here: Sequence[float],  # the trainer's own
