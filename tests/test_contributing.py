@@ -5,12 +5,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import optax
 
+from flaxdiff import get_dataset
+from flaxdiff.models import SimpleUNet
 from flaxdiff.predictors import DiffusionPredictionTransform, EpsilonPredictor
 from flaxdiff.samplers import EulerSampler, HeunSampler
 from flaxdiff.samplers.ode import RungeKuttaSampler
-from flaxdiff.schedulers import NoiseScheduler
+from flaxdiff.schedulers import EDMNoiseScheduler, NoiseScheduler
+from flaxdiff.trainer import DiffusionTrainer
 from laws import MIXTURE, PREDICTORS, SCHEDULES, Wave, exact_sampler, x64
 
 TEXT = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -26,7 +29,7 @@ def made(number):
 
 
 def test_as_short_as_promised():
-    assert [made(k)[1] <= most for k, most in enumerate((6, 3, 15))] == [True] * 3 and len(BLOCKS) == 3
+    assert [made(k)[1] <= most for k, most in enumerate((6, 3, 15, 15, 15, 15))] == [True] * 6 and len(BLOCKS) == 6
 
 
 def test_the_schedule_is_one(x64):
@@ -54,3 +57,17 @@ def test_the_solver_has_the_order_it_says(x64):
         steps = np.linspace(*ends, n)
         errors.append(np.abs(exact_sampler(cls, schedule, PREDICTORS["VPredictor"]).sample(x, steps, 0, denoise_final=False) - truth).max())
     assert 1.8 < np.log2(errors[0] / errors[1]) < 2.3
+
+
+def test_a_trainer_takes_the_loss_the_callback_and_the_metric():
+    huber, Worst, spread = (made(k)[0] for k in (3, 4, 5))
+    data, _ = get_dataset("digits", batch_size=16)
+    make = lambda **options: DiffusionTrainer(SimpleUNet(1, 16, (8,), None, 1, norm_groups=2), noise_schedule=EDMNoiseScheduler(), **options)
+    trainer, worst = make(loss=huber), Worst()
+    trainer.fit(data, 6, progress=False, report_every=2, callbacks=[worst], evaluate=spread)
+    rows = trainer.history
+    assert [row["worst_loss"] for row in rows] == list(np.maximum.accumulate([row["loss"] for row in rows])) and worst.loss > 0
+    assert 0 < rows[-1]["spread"] <= 1 and "spread" not in rows[0], "an evaluation comes at the end of an epoch"
+    batch = next(data)
+    plain, other = make(), make(loss=huber)
+    assert 0 < float(other.train_step(batch)) < 0.5 * float(plain.train_step(batch)) + 1e-6, "Huber's loss is half the square, or less"
