@@ -157,6 +157,9 @@ def check_config(
     if config.seed >= 2 ** 32:
         raise ValueError(f"seed must be a whole number from 0 to 4294967295, got {config.seed}")
     most = config.steps - config.optimizer_start
+    if most <= 0:
+        raise ValueError(f"steps must be above {config.optimizer_start}, where the optimizer began afresh, "
+                         f"got {config.steps}")
     if config.warmup is not None and config.warmup > most:
         raise ValueError(f"warmup must lie in [0, {most}], the updates there are, got {config.warmup}")
     if config.fsdp and config.how != "jit":
