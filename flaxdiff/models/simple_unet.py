@@ -74,8 +74,8 @@ def check_labels(
         return
     known = (np.asarray(label) >= 0) & (np.asarray(label) <= unet.num_classes)
     if not known.all():
-        raise ValueError(f"label must lie in 0 … {unet.num_classes - 1}, or be {unet.num_classes} for none, "
-                         f"got {np.asarray(label)[~known][0]}")
+        raise ValueError(f"label must lie in 0 … {unet.num_classes - 1}, or be {unet.num_classes} for no "
+                         f"class, got {np.asarray(label)[~known][0]}")
 
 # %% ../../nbs/23_unet.ipynb #2b5bf021
 def check_unet_inputs(
