@@ -20,7 +20,7 @@ from flaxdiff.cli import train as training
 from flaxdiff.cli.export import export_main, make_card, train_command
 from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, open_model, sample_parser,
                                  sampler_of)
-from flaxdiff.cli.cost import check_fits, count_flops, in_words, measure_cost
+from flaxdiff.cli.cost import check_fits, in_words, measure_cost
 from flaxdiff.cli.record import RunRecord
 from flaxdiff.cli.settings import (MAY_CHANGE, RECIPES, WITH_NEW_OPTIMIZER, change_config, check_config, kind_of,
                                    make_config, merge_settings)
@@ -28,6 +28,7 @@ from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate,
                                 restore_run, run_folder, save_grid)
 from flaxdiff.predictors import X0Predictor
 from flaxdiff.pretrained import PretrainedModel, SizedNetwork, load_model
+from flaxdiff.trainer.parallel import program_flops
 from flaxdiff.training import TrainConfig, fingerprint, load_run, read_config, sample_main, train_main, train_parser, train_run
 
 TINY = TrainConfig(steps=20, batch_size=16, features=(8,), attention_levels=1, heads=2, emb_features=16, checkpoint_every=5, report_every=4, sample_every=10)
@@ -693,7 +694,7 @@ def test_recipes_are_of_the_published_size(name, millions):
 def test_flops_are_counted_in_products_convolutions_and_loops():
     import jax
     import jax.numpy as jnp
-    def count(f, *shapes): return count_flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)).jaxpr)
+    def count(f, *shapes): return program_flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)).jaxpr)
     assert count(jnp.matmul, (3, 4), (4, 5)) == 2 * 3 * 4 * 5
     def convolve(x, w): return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert count(convolve, (2, 8, 8, 3), (3, 3, 3, 7)) == 2 * 2 * 8 * 8 * 7 * 3 * 3 * 3

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHIPS', 'REACHED', 'make_network', 'data_shape', 'make_process', 'machine_memory', 'least_bytes', 'check_memory',
-           'Cost', 'count_flops', 'measure_cost', 'memory_needed', 'check_fits', 'expected_seconds', 'in_words',
-           'describe_cost']
+           'Cost', 'measure_cost', 'memory_needed', 'check_fits', 'expected_seconds', 'in_words', 'describe_cost']
 
 # %% ../../nbs/43_cost.ipynb #399e08af
 import math
@@ -21,6 +20,7 @@ import numpy as np
 from .settings import PREDICTORS, SCHEDULES, TrainConfig
 from ..data.stream import machine_memory as host_memory
 from ..models import SimpleUNet
+from ..trainer.parallel import program_flops
 
 # %% ../../nbs/43_cost.ipynb #df852f03
 def make_network(
@@ -91,25 +91,6 @@ class Cost:
     waiting: float  # bytes that wait for the way back, and twice the largest array for its gradient
     parameters: int  # numbers that are learned
 
-def count_flops(
-    program,  # a jaxpr
-):
-    "Two for each product in matrix products and convolutions; loops count as often as they run."
-    total = 0.0
-    for line in program.eqns:
-        name, options = line.primitive.name, line.params
-        inner = [part for part in jax.tree.leaves(list(options.values())) if hasattr(part, "eqns")]
-        total += options.get("length", 1) * sum(map(count_flops, inner))
-        if name not in ("dot_general", "conv_general_dilated"):
-            continue
-        left, right = (x.aval.shape for x in line.invars[:2])
-        if name == "dot_general":
-            each = math.prod(left[axis] for axis in options["dimension_numbers"][0][0])
-        else:
-            each = math.prod(right) / right[options["dimension_numbers"].rhs_spec[0]]
-        total += 2 * each * math.prod(line.outvars[0].aval.shape)
-    return total
-
 # %% ../../nbs/43_cost.ipynb #65284e12
 @cache
 def _trace(network, shape, augment, labels):
@@ -129,7 +110,7 @@ def _trace(network, shape, augment, labels):
     arrays = {id(var): var.aval for var in program.outvars if id(var) not in known}.values()
     sizes = [math.prod(a.shape) * a.dtype.itemsize for a in arrays if any(n % B == 0 for n in a.shape)]
     parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    return Cost(count_flops(program) / B, (sum(sizes) + 2 * max(sizes)) / B, parameters)
+    return Cost(program_flops(program) / B, (sum(sizes) + 2 * max(sizes)) / B, parameters)
 
 def measure_cost(
     config,  # a `TrainConfig`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['several_steps', 'compile_for', 'put_on_mesh', 'state_sharding', 'DataParallel', 'allreduce_bytes', 'step_seconds',
-           'count_flops', 'fsdp_sharding', 'keep_sharding', 'start_hosts']
+           'count_flops', 'program_flops', 'fsdp_sharding', 'keep_sharding', 'start_hosts']
 
 # %% ../../nbs/35_multihost.ipynb #9d6a9c27
 import math
@@ -197,10 +197,12 @@ def count_flops(
     *arguments: Any,  # its arguments, or their shapes and dtypes
 ) -> int:
     "Operations of all matrix products and convolutions, nothing computed; in a loop as often as it turns."
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return program_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
-def _count(jaxpr):
-    "The same of JAX's own program."
+def program_flops(
+    jaxpr: Any,  # a function as JAX has traced it
+) -> int:
+    "The same of a program that was traced already; of a choice, the dearest branch."
     total = 0
     for equation in jaxpr.eqns:
         size, kind = equation.outvars[0].aval.size if equation.outvars else 0, equation.primitive.name
@@ -212,9 +214,10 @@ def _count(jaxpr):
             outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * size * math.prod(kernel) // outputs
         for inner in equation.params.values():
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                total += equation.params.get("length", 1) * _count(inner)
+            branches = inner if isinstance(inner, (tuple, list)) else [inner]
+            programs = [getattr(branch, "jaxpr", branch) for branch in branches]
+            counts = [program_flops(program) for program in programs if hasattr(program, "eqns")]
+            total += equation.params.get("length", 1) * max(counts, default=0)
     return total
 
 # %% ../../nbs/35_multihost.ipynb #c68cf2a0
