@@ -105,6 +105,69 @@ def test_conditions_encoder_and_numbers_are_kept(parts, tmp_path):
     assert x0.shape == (2, *SHAPE)
 
 
+LABELLED = SimpleUNet(1, 8, (4,), (None, {"heads": 2}), 1, norm_groups=2, num_classes=3)
+NO_TEXT = {"textcontext": np.random.default_rng(1).normal(0, 1, (3, 5)).astype(np.float32), "textmask": np.array([True, False, False])}
+
+
+def random_params(network, **conditions):
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), **conditions)
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: random.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_what_stands_for_no_condition_travels_too(dtype, parts, tmp_path):
+    "A network's own is made again; what was given lies among the arrays, as exact as it was, and through any number of journeys."
+    text = random_params(LABELLED, textcontext=jnp.zeros((1, 3, 5)), textmask=jnp.ones((1, 3), bool))
+    save_model(tmp_path / "a", LABELLED, text, *parts[2:], encoder="letters", conditions=["label", *NO_TEXT], null_condition=NO_TEXT, dtype=dtype)
+    model = load_model(tmp_path / "a")
+    save_model(tmp_path / "b", model.model, model.params, *parts[2:], encoder=model.encoder, conditions=model.conditions, dtype=dtype)
+    for folder in ("a", "b"):
+        stored = read_tensors(tmp_path / folder / "model.safetensors")
+        assert {name for name in stored if name.startswith("null")} == {"null_condition/textcontext", "null_condition/textmask"}
+        again = load_model(tmp_path / folder)
+        assert again.encoder == "letters" and again.conditions == ("label", "textcontext", "textmask") and set(again.params) == {"params"}
+        null = again.model.null_condition
+        assert null == again.denoiser.model.null_condition and set(null) == {"label", *NO_TEXT} and int(null["label"]) == 3
+        for name, value in NO_TEXT.items(): assert null[name].dtype == value.dtype and np.array_equal(null[name], value)
+    x = np.ones((2, *SHAPE), np.float32)
+    nothing = {name: np.stack([value] * 2) for name, value in model.model.null_condition.items()}
+    assert np.isfinite(model.denoiser(x, 0.5, nothing)[0]).all()
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["parameters"] == sum(x.size for x in jax.tree.leaves(text)), "what is given is no parameter"
+
+
+def test_a_network_with_labels_needs_nothing_more(parts, tmp_path):
+    save_model(tmp_path / "model", LABELLED, random_params(LABELLED), *parts[2:], conditions=["label"])
+    assert load_model(tmp_path / "model").model.null_condition == {"label": 3} and load_model("digits").model.null_condition == {}
+    assert not any(name.startswith("null") for name in read_tensors(tmp_path / "model" / "model.safetensors"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["null_condition"]  # as it was written before there was any
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path / "model").model.null_condition == {"label": 3}
+
+
+def test_a_trainer_exports_its_null_condition(tmp_path):
+    import itertools
+    from flaxdiff.trainer import DiffusionTrainer
+    network = SimpleUNet(1, 8, (4,), (None, {"heads": 2}), 1, norm_groups=2)
+    batch = {"image": np.zeros((4, *SHAPE), np.float32), **{name: np.stack([value] * 4) for name, value in NO_TEXT.items()}}
+    trainer = DiffusionTrainer(network, noise_schedule=EDMNoiseScheduler(), rngs=0, null_condition=NO_TEXT)
+    trainer.fit(itertools.repeat(batch), 1, progress=False)
+    trainer.export(tmp_path / "model", encoder="letters")
+    model = load_model(tmp_path / "model")
+    assert model.conditions == ("textcontext", "textmask") and model.encoder == "letters" and model.image_shape == SHAPE
+    assert all(np.array_equal(model.model.null_condition[name], value) for name, value in NO_TEXT.items())
+
+
+@pytest.mark.parametrize("null, words", [({"label": "none"}, "null_condition"), (3, "null_condition"), ({"textcontext": np.inf}, "null_condition"),
+                                         ({"label": np.zeros(5)}, "model must run with params")])
+def test_a_null_condition_that_will_not_do(null, words, parts, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        save_model(tmp_path / "model", LABELLED, random_params(LABELLED), *parts[2:], conditions=["label"], null_condition=null)
+    assert not (tmp_path / "model").exists()
+
+
 # ---------------------------------------------------------------- the words
 
 @over(schedule=ALL_SCHEDULES | {"betas": DiscreteNoiseScheduler(np.linspace(1e-4, 0.02, 30)), "zero": DiscreteNoiseScheduler(np.full(9, 0.3, np.float32), True),
@@ -296,7 +359,7 @@ def edit(folder, **changes):
     {"model": {"class": "__all__", "arguments": {}}}, {"model": "SimpleUNet"}, {"model": {"class": "SimpleUNet"}}, {"model": {"class": "SimpleUNet", "arguments": {"width": 3}}},
     {"model": {"class": "SimpleUNet", "arguments": {"emb_features": 3}}}, {"model": {"class": "SimpleUNet", "arguments": {"dtype": {"__dtype__": "float99"}}}}, {"model": "gone"}, {"model": None},
     {"noise_schedule": {"class": "EpsilonPredictor", "arguments": {}}}, {"noise_schedule": {"class": ["a"], "arguments": {}}}, {"noise_schedule": {"class": "EDMNoiseScheduler", "arguments": {"rho": -1}}},
-    {"image_shape": 8}, {"image_shape": [8, 8, 0]}, {"image_shape": "gone"}, {"conditions": 3}, {"card": 3}, {"card": [1]}, {"halved": "float99"}, {"sha256": "gone"}])
+    {"image_shape": 8}, {"image_shape": [8, 8, 0]}, {"image_shape": "gone"}, {"conditions": 3}, {"null_condition": 3}, {"null_condition": "label"}, {"null_condition": ["null_condition/label"]}, {"card": 3}, {"card": [1]}, {"halved": "float99"}, {"sha256": "gone"}])
 def test_a_foreign_description_is_named(changes, saved):
     edit(saved, **changes)
     with pytest.raises(ValueError, match=re.escape(str(saved / "config.json"))): load_model(saved)

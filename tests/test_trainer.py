@@ -21,7 +21,8 @@ from flaxdiff.samplers import EulerSampler
 from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseScheduler, LinearNoiseSchedule
 from flaxdiff.speed import compiler_options
 from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged, training_step
-from flaxdiff.trainer.step import init_state
+from flaxdiff.trainer.evaluation import HeldOutLoss
+from flaxdiff.trainer.step import draw_batch, drop_conditions, init_state
 
 
 class Small(nn.Module):
@@ -636,6 +637,149 @@ def test_flags_are_passed_where_they_are_taken():
     assert heard == [(False, True), (True, True)]
     trainer.denoiser(jnp.ones((1, 6, 6, 1)), 0.5)
     assert heard[-1] == (False, True)
+
+
+# Conditions that are dropped
+
+class Told(nn.Module):
+    "F = w_c x: a weight a class, and the last for no class."
+    classes: int = 3
+    @property
+    def null_condition(self): return {"label": np.int32(self.classes)}
+    @nn.compact
+    def __call__(self, x, temb, label=None):
+        label = jnp.full(len(x), self.classes) if label is None else label
+        return self.param("w", nn.initializers.ones, (self.classes + 1,))[label][:, None, None, None] * x
+
+
+class Reads(nn.Module):
+    "A network with text that has no null condition of its own."
+    @nn.compact
+    def __call__(self, x, temb, textcontext, textmask):
+        seen = (textcontext * textmask[..., None]).sum(1)
+        return x * nn.Dense(1)(seen)[:, None, None]
+
+
+LABELS = np.arange(2000) % 3
+NO_TEXT = {"textcontext": np.full((2, 3), -1, np.float32), "textmask": np.array([True, False])}
+
+
+def dropped(n=2000, step=0, conditions=None, seed=0, **options):
+    "What the step makes of the conditions of a batch."
+    recipe = make(**{**dict(model=Told()), **options}).make_recipe()
+    keys = draw_batch(recipe, jax.random.key(seed), step, np.arange(n), np.zeros((n, 2, 2, 1), np.float32)).keys
+    return drop_conditions(recipe, keys, {"label": LABELS[:n]} if conditions is None else conditions)
+
+
+@pytest.mark.parametrize("share", [None, 0.1, 0.5, 1.0])
+def test_a_share_of_the_conditions_is_dropped(share):
+    "By a draw of each example: of 40,000 that share, within four standard errors; in every batch others."
+    due = 0.1 if share is None else share
+    lost = np.stack([dropped(step=n, condition_dropout=share)["label"] == 3 for n in range(20)])
+    assert abs(lost.mean() - due) <= 4 * (due * (1 - due) / lost.size) ** 0.5
+    if share != 1.0:
+        assert not np.array_equal(lost[0], lost[1]) and len(set(lost.sum(1))) > 5, "not as many of each batch"
+        assert abs(np.corrcoef(lost[0], LABELS == 1)[0, 1]) < 0.1
+    np.testing.assert_array_equal(np.where(lost[0], LABELS, dropped(condition_dropout=share)["label"]), LABELS)
+
+
+def test_an_example_is_dropped_by_key_step_and_place():
+    "Not by the size of the batch, the seed's form or the devices."
+    many, few = dropped(), dropped(32)
+    np.testing.assert_array_equal(many["label"][:32], few["label"])
+    assert differs(many, dropped(step=1)) and differs(many, dropped(seed=1))
+
+
+@pytest.mark.parametrize("options", [dict(accumulate=4), dict(steps_per_dispatch=2), "devices"])
+def test_parts_dispatches_and_devices_drop_the_same(options):
+    batch = {"image": pictures(16), "label": LABELS[:16]}
+    whole = make(model=Told(), optimizer=optax.sgd(0.1), condition_dropout=0.5)
+    fit(whole, stream(batch), 4)
+    other = make(model=Told(), optimizer=optax.sgd(0.1), condition_dropout=0.5, **(options if options != "devices" else {}))
+    if options == "devices":  # four that vmap stands for
+        other.initialize(batch)
+        step, state = step_of(other, 4), other.state
+        for _ in range(4): state, _ = step(state, jnp.arange(16), (jnp.asarray(batch["image"]), {"label": jnp.asarray(batch["label"])}))
+    else:
+        state = fit(other, stream(batch), 4)
+    assert differs(whole.state.params, fit(make(model=Told(), optimizer=optax.sgd(0.1), condition_dropout=0), stream(batch), 4).params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, whole.state.params)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, None])
+def test_the_gradient_is_that_of_a_batch_dropped_by_hand(share):
+    "To the bit; with 0 nothing is dropped, as without conditions that could be."
+    batch = {"image": pictures(64), "label": LABELS[:64]}
+    after = fit(make(model=Told(), optimizer=optax.sgd(1.0), condition_dropout=share), stream(batch), 1)
+    by_hand = {**batch, "label": dropped(64, condition_dropout=share)["label"]}
+    assert (share == 0) == (not np.any(by_hand["label"] == 3))
+    same_bits(after, fit(make(model=Told(), optimizer=optax.sgd(1.0), condition_dropout=0), stream(by_hand), 1))
+
+
+def test_runs_without_conditions_are_as_they_were():
+    "Bit for bit, whatever the share: nobody draws."
+    plain = fit(make(), stream(pictures()), 3)
+    for options in (dict(condition_dropout=0.5), dict(condition_dropout=0), dict(null_condition={"textcontext": np.zeros((2, 3))})):
+        same_bits(plain, fit(make(**options), stream(pictures()), 3))
+    text = {"image": pictures(), "textcontext": np.ones((8, 2, 3), np.float32)}
+    same_bits(fit(make(), stream(text), 2), fit(make(condition_dropout=0), stream(text), 2))  # no null condition is known
+
+
+def test_text_and_mask_are_dropped_together():
+    conditions = {"textcontext": np.ones((2000, 2, 3), np.float32), "textmask": np.ones((2000, 2), bool)}
+    seen = dropped(conditions=conditions, model=Reads(), null_condition=NO_TEXT)
+    lost = np.all(seen["textcontext"] == -1, (1, 2))
+    assert 0.07 < lost.mean() < 0.13 and seen["textmask"].dtype == bool and seen["textcontext"].dtype == np.float32
+    np.testing.assert_array_equal(seen["textmask"], np.where(lost[:, None], NO_TEXT["textmask"], True))
+    assert np.all(seen["textcontext"][~lost] == 1)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(condition_dropout=0.1), "null_condition must say what stands for no 'text"),
+    (dict(null_condition={"textmask": NO_TEXT["textmask"]}), "null_condition must say what stands for no 'textcontext'"),
+    (dict(null_condition={**NO_TEXT, "textmask": np.zeros(3, bool)}), "null_condition must be like one row of 'textmask', bool of shape"),
+    (dict(null_condition={**NO_TEXT, "textmask": np.zeros(2, np.float32)}), "null_condition must be like one row of 'textmask'"),
+    (dict(null_condition={**NO_TEXT, "textcontext": np.zeros((2, 3), int)}), "null_condition must be like one row of 'textcontext'")])
+def test_a_null_condition_that_does_not_fit_is_named(options, words):
+    batch = {"image": pictures(), "textcontext": np.ones((8, 2, 3), np.float32), "textmask": np.ones((8, 2), bool)}
+    with pytest.raises(ValueError, match=words): make(model=Reads(), **options).train_step(batch)
+    make(model=Reads(), **{**options, "condition_dropout": 0}).train_step(batch)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(condition_dropout=-0.1), "condition_dropout"), (dict(condition_dropout=1.1), "condition_dropout"), (dict(condition_dropout="0.1"), "condition_dropout"),
+    (dict(condition_dropout=np.nan), "condition_dropout"), (dict(condition_dropout=True), "condition_dropout"), (dict(null_condition=3), "null_condition"),
+    (dict(null_condition={"label": "none"}), "null_condition"), (dict(null_condition={"label": np.nan}), "null_condition"),
+    (dict(null_condition={"lable": 3}), "'lable' is no condition of the network"), (dict(null_condition={"train": True}), "'train'")])
+def test_bad_dropping_is_refused(options, words):
+    with pytest.raises(ValueError, match=words): make(model=Told(), **options)
+
+
+def test_the_model_carries_its_null_condition():
+    assert make().model.null_condition == {} and make(model=Told()).model.null_condition == {"label": 3}
+    trainer = make(model=Reads(), null_condition=NO_TEXT)
+    trainer.train_step({"image": pictures(), "textcontext": np.ones((8, 2, 3), np.float32), "textmask": np.ones((8, 2), bool)})
+    for model in (trainer.model, trainer.denoiser.model):
+        same_bits(model.null_condition, NO_TEXT)
+        assert model.image_shape == (6, 6, 1)
+    assert make(model=Told(), null_condition={"label": 2}).model.null_condition == {"label": 2}, "what is given goes before the network's own"
+    assert trainer.conditions == ("textcontext", "textmask") and make().conditions == ()
+
+
+def test_the_held_out_loss_drops_nothing():
+    trainer = make(model=Told(), condition_dropout=1.0)
+    batch = {"image": pictures(), "label": LABELS[:8]}
+    trainer.initialize(batch)
+    params = jax.tree.map(lambda w: jnp.array([1.0, 1.0, 1.0, jnp.nan]), trainer.state.params)
+    sums, _ = HeldOutLoss(trainer.make_recipe(), batch["image"], {"label": batch["label"]})(params)
+    assert np.isfinite(sums).all()
+
+
+def test_every_network_class_and_the_unet_train_with_labels():
+    network = SimpleUNet(1, 8, (4,), None, 1, norm_groups=2, num_classes=3)
+    trainer = make(model=network, condition_dropout=0.5)
+    fit(trainer, stream({"image": pictures(16, 8), "label": LABELS[:16]}), 3)
+    assert np.isfinite(trainer.losses).all() and trainer.model.null_condition == {"label": 3}
 
 
 def test_augmentation_without_a_listener():
