@@ -1,0 +1,4 @@
+"""Words as a condition: `load_text_encoder` makes an encoder from its name, and an encoder makes arrays of sentences."""
+from .encoders import TextEncoder, encode_in_batches, load_text_encoder, text_encoders
+
+__all__ = ["TextEncoder", "encode_in_batches", "load_text_encoder", "text_encoders"]
