@@ -7,7 +7,7 @@ __all__ = ['begin_mark', 'end_mark', 'text_encoders', 'hash_numbers', 'pieces_of
            'embed_letters', 'check_texts', 'TextEncoder', 'full_name', 'load_letters', 'read_config', 'parse_name',
            'load_text_encoder', 'encode_in_batches']
 
-# %% ../../nbs/62_text.ipynb #5f154c4d
+# %% ../../nbs/62_text.ipynb #e1f2e8f3
 import hashlib
 import inspect
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..utils import check_flag, check_positive_int, check_whole
 
-# %% ../../nbs/62_text.ipynb #ec48dfd6
+# %% ../../nbs/62_text.ipynb #83d26d4c
 @lru_cache(maxsize=20_000)
 def hash_numbers(
     thing: bytes,  # what to hash
@@ -55,7 +55,7 @@ def letters_vector(
     vector.setflags(write=False)
     return vector
 
-# %% ../../nbs/62_text.ipynb #6d0f45e5
+# %% ../../nbs/62_text.ipynb #77ee9dd1
 begin_mark, end_mark = b"\x02", b"\x03"
 
 def split_letters(
@@ -76,7 +76,7 @@ def embed_letters(
         context[b, m] = letters_vector(bytes(tokens[b, m]), int(m), features)
     return context
 
-# %% ../../nbs/62_text.ipynb #01917921
+# %% ../../nbs/62_text.ipynb #2e1108fe
 def check_texts(
     texts: Any,  # a list, tuple or array of str
 ) -> list[str]:
@@ -94,7 +94,7 @@ def check_texts(
             raise ValueError(f"texts must be Unicode, got half a surrogate pair at place {i}: {text!r}")
     return [str(text) for text in texts]
 
-# %% ../../nbs/62_text.ipynb #35776140
+# %% ../../nbs/62_text.ipynb #32b2edf8
 class TextEncoder:
     "`encoder(texts) -> {textcontext: (B, M, E), textmask: (B, M)}`: cut into tokens, pad to M, embed."
     def __init__(self,
@@ -148,12 +148,13 @@ class TextEncoder:
         "The first M - 1 tokens and the end mark, where that is allowed."
         if not self.truncate:
             shown = text if len(text) <= 80 else text[:80] + "…"
-            raise ValueError(f"texts must have at most {self.tokens} tokens for {self.name!r}, got {len(row)} "
-                             f"in {shown!r}; shorten it, take a larger tokens=, or let truncate=True cut it")
+            most = f"at most {self.tokens} tokens for {self.name!r}"
+            raise ValueError(f"texts must have {most}, got {len(row)} in {shown!r}; "
+                             "shorten it, take a larger tokens=, or let truncate=True cut it")
         self.truncated += 1
         return row[:self.tokens - 1] + row[-1:]
 
-# %% ../../nbs/62_text.ipynb #9984261c
+# %% ../../nbs/62_text.ipynb #0ca9cdde
 def full_name(
     base: str,  # the encoder
     **options: tuple,  # option=(its value, its usual value)
@@ -175,7 +176,7 @@ def load_letters(
     embed = partial(embed_letters, features=features)
     return TextEncoder(name, split_letters, embed, b"", tokens, features, truncate)
 
-# %% ../../nbs/62_text.ipynb #4ccd8708
+# %% ../../nbs/62_text.ipynb #e321ac2c
 text_encoders: dict[str, Callable[..., TextEncoder]] = {"letters": load_letters}  # name -> its loader
 
 def read_config(
@@ -207,18 +208,18 @@ def parse_name(
             raise ValueError(f"{base!r} holds a model of type {kind!r}; the types read are bert and clip")
     return kind, path, options
 
-# %% ../../nbs/62_text.ipynb #2ba28eb7
+# %% ../../nbs/62_text.ipynb #b5e74d10
 def load_text_encoder(
-    name: Any,  # "letters", "minilm", "bert:PATH", "clip:PATH", or a Hugging Face folder's path; then ",tokens=64"
+    name: Any,  # "letters", "minilm", "bert:PATH", "clip:PATH" or a folder's path; options after a comma
     **options: Any,  # tokens, truncate, and what else this encoder takes
 ) -> TextEncoder:
-    "The encoder of that name; `encoder.name` makes the same one again. `ValueError` for a name it cannot make."
+    "The encoder of that name, and `encoder.name` makes it again; a `ValueError` for one it cannot make."
     if not isinstance(name, (str, Path)) or not str(name):
         raise ValueError(f"name must be a text encoder's name or the path of a folder, got {name!r}")
     kind, path, named = parse_name(str(name))
     if kind not in text_encoders:
-        raise ValueError(f"name must be one of {', '.join(text_encoders)}, or the path of a Hugging Face folder; "
-                         f"got {str(name)!r}, and there is no such folder")
+        raise ValueError(f"name must be one of {', '.join(text_encoders)}, or the path of a Hugging Face "
+                         f"folder; got {str(name)!r}, and there is no such folder")
     loader, options = text_encoders[kind], {**named, **options}
     try:
         inspect.signature(loader).bind(path, **options)
@@ -226,7 +227,7 @@ def load_text_encoder(
         raise ValueError(f"name={str(name)!r} does not take the options {', '.join(options)}: {e}") from e
     return loader(path, **options)
 
-# %% ../../nbs/62_text.ipynb #4a9553c9
+# %% ../../nbs/62_text.ipynb #7a027bbb
 def encode_in_batches(
     encoder: Callable[[list[str]], dict[str, Any]],  # texts -> {key: (B, …)}
     texts: list[str],  # as many as you like
