@@ -336,6 +336,7 @@ def _check_has(name, value, *methods):
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
         raise ValueError(f"{name} must be an object with the methods {', '.join(methods)}, got {value!r}")
 
+# %% ../nbs/02_exact.ipynb #ccb67a92
 class ExactModel:
     "A perfect network: called like one, it answers what `predictor` would be trained to."
     def __init__(self,
