@@ -163,6 +163,15 @@ def _mixture_arrays(means, stds, weights):
         raise ValueError(f"weights must be {K} positive numbers that sum to 1, got {weights}")
     return means.reshape(K, -1), np.broadcast_to(stds, (K,)), weights
 
+def _as_labels(label, images, K):
+    "`label` as an array of whole numbers; a `ValueError` unless each is in 0 … K. Of a traced one, the type."
+    if np.shape(label) not in ((), (images,)) or not np.issubdtype(jnp.result_type(label), np.integer):
+        raise ValueError(f"label must be one whole number, or ({images},) of them, got {label!r}")
+    known = True if isinstance(label, Tracer) else (np.asarray(label) >= 0) & (np.asarray(label) <= K)
+    if not np.all(known):
+        raise ValueError(f"label must lie in 0 … {K - 1}, or be {K} for any component, got {label!r}")
+    return jnp.asarray(label)
+
 def _as_rows(x, alpha, sigma, D, least_variance):
     "(x as (rows, D), α and σ as one number a row); a `ValueError` where they do not fit."
     x = check_floats("x", x)
@@ -214,21 +223,26 @@ class GaussianMixture:
     def sample(self,
                key: jax.Array,  # a JAX random key
                n: int,  # how many
+               label: ArrayLike | None = None,  # (n,), or one for all: from which component; K: from any
               ):
         "n draws of x₀, (n, D)."
         which, noise = jax.random.split(as_key(key))
         z = jax.random.normal(noise, (check_whole("n", n), self.means.shape[1]))
         k = jax.random.choice(which, len(self.weights), (n,), p=jnp.asarray(self.weights))
+        if label is not None:
+            given = _as_labels(label, n, len(self.weights))
+            k = jnp.where(given < len(self.weights), given, k)
         return jnp.asarray(self.means, z.dtype)[k] + jnp.asarray(self.stds, z.dtype)[k, None] * z
 
     def denoise(self,
                 x: ArrayLike,  # (B, …): x_t; its entries in rows of D
                 alpha: ArrayLike,  # scalar or (B,)
                 sigma: ArrayLike,  # scalar or (B,), above 0 where a component is a point
+                label: ArrayLike | None = None,  # (B,), or one for all: the component; K stands for any
                ):
-        "E[x₀ | x_t]: each component's own answer, weighted by how likely it made x."
+        "E[x₀ | x_t, label]: each component's own answer, weighted by how likely it made x."
         rows, a, s = self._rows(x, alpha, sigma)
-        r = jax.nn.softmax(self._log_joint(rows, a, s), -1)
+        r = jax.nn.softmax(self._log_joint(rows, a, s) + self._log_allowed(x, label), -1)
         v, mu = jnp.asarray(self.stds, rows.dtype) ** 2, jnp.asarray(self.means, rows.dtype)
         q = r / (a ** 2 * v + s ** 2)
         return (_dot(s ** 2 * q, mu) + a * _dot(q, v)[:, None] * rows).reshape(jnp.shape(x))
@@ -237,9 +251,23 @@ class GaussianMixture:
                  x: ArrayLike,  # (rows, D): x_t
                  alpha: ArrayLike = 1.0,  # scalar or (rows,)
                  sigma: ArrayLike = 0.0,  # scalar or (rows,), above 0 where a component is a point
+                 label: ArrayLike | None = None,  # (rows,), or one for all: the component; K stands for any
                 ):
-        "log p_t(x), (rows,)."
-        return logsumexp(self._log_joint(*self._rows(x, alpha, sigma)), -1)
+        "log p_t(x | label), (rows,)."
+        joint = self._log_joint(*self._rows(x, alpha, sigma))
+        if label is None:
+            return logsumexp(joint, -1)
+        allowed = self._log_allowed(x, label)
+        share = logsumexp(jnp.log(jnp.asarray(self.weights, joint.dtype)) + allowed, -1)
+        return logsumexp(joint + allowed, -1) - share
+
+    def class_log_prob(self,
+                       x: ArrayLike,  # (rows, D): x_t
+                       alpha: ArrayLike = 1.0,  # scalar or (rows,)
+                       sigma: ArrayLike = 0.0,  # scalar or (rows,), above 0 where a component is a point
+                      ):
+        "log p(k | x_t) of every component, (rows, K): the perfect classifier of noisy data."
+        return jax.nn.log_softmax(self._log_joint(*self._rows(x, alpha, sigma)), -1)
 
     def log_tails(self,
                   x: ArrayLike,  # any shape; D must be 1
@@ -265,6 +293,15 @@ class GaussianMixture:
     def _rows(self, x, alpha, sigma):
         "x in rows of D, and α and σ as one number a row."
         return _as_rows(x, alpha, sigma, self.means.shape[1], self.stds.min() ** 2)
+
+    def _log_allowed(self, x, label):
+        "0 for the components that the label allows, -∞ for the others: (rows, K), or 0 without a label."
+        if label is None:
+            return 0.0
+        K, x = len(self.weights), check_floats("x", x)
+        label = _as_labels(label, len(x), K)
+        rows = jnp.broadcast_to(per_image(label, x), x.shape).reshape(-1, self.means.shape[1])[:, :1]
+        return jnp.where((rows == jnp.arange(K)) | (rows == K), 0.0, -jnp.inf).astype(x.dtype)
 
     def _log_joint(self, x, alpha, sigma):
         "log w_k N(x; α μ_k, α² s_k² + σ²), (rows, K), for x (rows, D)."
@@ -299,6 +336,7 @@ def _check_has(name, value, *methods):
     if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
         raise ValueError(f"{name} must be an object with the methods {', '.join(methods)}, got {value!r}")
 
+# %% ../nbs/02_exact.ipynb #ccb67a92
 class ExactModel:
     "A perfect network: called like one, it answers what `predictor` would be trained to."
     def __init__(self,
@@ -317,10 +355,16 @@ class ExactModel:
         self.predictor = predictor
         self.image_shape = image_shape
 
+    @property
+    def null_condition(self) -> dict[str, Any]:
+        "The label that stands for any component, for data that have components."
+        return {"label": np.int32(len(self.data.weights))} if hasattr(self.data, "class_log_prob") else {}
+
     def apply(self,
               params: Any,  # not used: nothing was learned
               x: ArrayLike,  # (B, …): x_t times the predictor's input scale
               temb: ArrayLike,  # (B,): the schedule's `network_time`
+              label: ArrayLike | None = None,  # (B,): the component of a mixture; K, and None, stand for any
              ) -> jax.Array:
         "The output F, the shape of x."
         x = check_floats("x", x)
@@ -329,5 +373,7 @@ class ExactModel:
         alpha = per_image(self.noise_schedule.alpha(t), x).astype(x.dtype)
         sigma = per_image(self.noise_schedule.sigma(t), x).astype(x.dtype)
         xt = x / self.predictor.get_input_scale(alpha, sigma)
-        x0 = self.data.denoise(xt.reshape(len(xt), -1), alpha.ravel(), sigma.ravel()).reshape(xt.shape)
+        given = () if label is None else (label,)
+        flat = xt.reshape(len(xt), -1)
+        x0 = self.data.denoise(flat, alpha.ravel(), sigma.ravel(), *given).reshape(xt.shape)
         return self.predictor.get_target(x0, (xt - alpha * x0) / sigma, alpha, sigma)

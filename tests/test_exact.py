@@ -263,3 +263,71 @@ def test_exact_model_is_the_same_compiled(x64):
         once, compiled = model.apply(None, x, temb), jax.jit(lambda x, temb: model.apply(None, x, temb))(x, temb)
         assert once.dtype == compiled.dtype == jnp.float64
         np.testing.assert_allclose(once, compiled, rtol=1e-12, atol=1e-13)
+
+
+# Labels: a component of the mixture, asked for by its number
+
+LABELLED = {"mixture": (WIDE, 2), "points": (POINTS, 2), "line": (MIXTURE, 1)}
+
+
+@over(which=LABELLED)
+@pytest.mark.parametrize("alpha, sigma", PAIRS[1:3])
+def test_a_label_is_a_component(which, alpha, sigma, x64):
+    "Component k alone is the mixture of it alone; K is the whole; Bayes' rule ties both to the classifier."
+    data, D = which
+    x, K = jnp.asarray(noisy(data, D, alpha, sigma)), len(data.weights)
+    posterior = data.class_log_prob(x, alpha, sigma)
+    assert posterior.shape == (7, K)
+    for k in range(K):
+        alone = GaussianMixture(data.means[k:k + 1], data.stds[k:k + 1])
+        np.testing.assert_allclose(data.denoise(x, alpha, sigma, k), alone.denoise(x, alpha, sigma), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(data.log_prob(x, alpha, sigma, label=k), alone.log_prob(x, alpha, sigma), rtol=1e-12, atol=1e-12)
+        bayes = np.log(data.weights[k]) + alone.log_prob(x, alpha, sigma) - data.log_prob(x, alpha, sigma)
+        np.testing.assert_allclose(posterior[:, k], bayes, rtol=1e-10, atol=1e-12)
+    for method in (data.denoise, data.log_prob):
+        np.testing.assert_allclose(method(x, alpha, sigma, label=K), method(x, alpha, sigma), rtol=1e-13, atol=1e-14)
+        each = np.arange(7) % (K + 1)
+        want = np.stack([method(x[i:i + 1], alpha, sigma, label=int(k))[0] for i, k in enumerate(each)])
+        np.testing.assert_allclose(method(x, alpha, sigma, label=each), want, rtol=1e-12, atol=1e-14)
+
+
+@over(which=LABELLED)
+def test_samples_of_a_label_are_of_its_component(which):
+    data, _ = which
+    K, n = len(data.weights), 4000
+    for k in range(K):
+        x = np.asarray(data.sample(jax.random.PRNGKey(0), n, label=k), np.float64)
+        np.testing.assert_allclose(x.mean(0), data.means[k], atol=1e-6 + 5 * data.stds[k] / np.sqrt(n))
+        np.testing.assert_allclose(x.std(0), data.stds[k], atol=1e-6 + 5 * data.stds[k] / np.sqrt(n))
+    np.testing.assert_array_equal(data.sample(jax.random.PRNGKey(0), n, np.full(n, K)), data.sample(jax.random.PRNGKey(0), n))
+
+
+def test_the_labels_of_pictures_are_those_of_their_pixels(x64):
+    "With D = 1 every pixel is a draw of its own, of the picture's component."
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 1)))
+    whole = MIXTURE.denoise(x, 0.8, 0.6, label=np.array([2, 0, 3]))
+    for i, k in enumerate((2, 0, 3)):
+        np.testing.assert_allclose(whole[i].reshape(-1, 1), MIXTURE.denoise(x[i].reshape(-1, 1), 0.8, 0.6, label=k), rtol=1e-13)
+
+
+@over(which=LABELLED)
+def test_labels_of_nothing_are_refused(which):
+    data, D = which
+    x, K = jnp.ones((4, D)), len(data.weights)
+    calls = (lambda k: data.denoise(x, 1.0, 0.5, k), lambda k: data.log_prob(x, 1.0, 0.5, k), lambda k: data.sample(jax.random.PRNGKey(0), 4, k),
+             lambda k: ExactModel(data, SCHEDULES["EDMNoiseScheduler"], PREDICTORS["VPredictor"]).apply(None, x, jnp.zeros(4), k))
+    for call in calls:
+        for bad in (K + 1, -1, 1.0, np.zeros(3, int), np.full(4, K + 1), "0", np.zeros(4)): refused("^label must", call, bad)
+    assert np.isnan(jax.jit(lambda k: data.denoise(x, 1.0, 0.5, k))(K + 1)).all(), "unseen inside jit: NaN, as a network answers"
+
+
+def test_exact_model_takes_labels(x64):
+    schedule, predictor = SCHEDULES["CosineContinuousNoiseScheduler"], PREDICTORS["VPredictor"]
+    model = ExactModel(WIDE, schedule, predictor)
+    x, t, label = jnp.asarray(noisy(WIDE, 2, 0.8, 0.6)), np.full(7, 0.4), np.array([0, 1, 2, 3, 0, 1, 2])
+    alpha, sigma = (np.asarray(v)[:, None] for v in (schedule.alpha(t), schedule.sigma(t)))
+    F = model.apply(None, x, schedule.network_time(t), label=label)
+    np.testing.assert_allclose(predictor.decode(x, F, alpha, sigma)[0], WIDE.denoise(x, alpha, sigma, label), atol=1e-10)
+    assert {k: int(v) for k, v in model.null_condition.items()} == {"label": 3}
+    np.testing.assert_array_equal(model.apply(None, x, schedule.network_time(t), label=np.full(7, 3)), model.apply(None, x, schedule.network_time(t)))
+    assert ExactModel(GAUSSIAN, schedule, predictor).null_condition == {}
