@@ -126,7 +126,7 @@ def test_operators():
     bright = np.zeros((1, 9, 9, 1), np.float32)
     bright[0, 4, 4] = 1
     spot = np.asarray(Blur(1.0)(bright))[0, ..., 0]
-    np.testing.assert_allclose(spot[4, 5] / spot[4, 4], np.exp(-0.5), rtol=1e-5)
+    np.testing.assert_allclose(spot[4, 5] / spot[4, 4], np.exp(-0.5), rtol=1e-3)
     assert Grey()(x).shape == (2, 8, 8, 1) and np.allclose(Grey()(jnp.ones((1, 2, 2, 3))), 1)
     assert Downsample(4) == Downsample(4) and hash(Blur(1.0)) == hash(Blur(1.0))  # so that programs are found again
     for operator in (Downsample(2), Blur(1.0), Grey(), Keep(np.eye(8)[..., None]), lambda x: 3 * x[:, 1:]):
@@ -136,7 +136,7 @@ def test_operators():
 # ---------------------------------------------------------------- filling holes
 
 @over(cls=SAMPLER_CLASSES)
-@pytest.mark.parametrize("method", ["replace", "repaint", "guided"])
+@pytest.mark.parametrize("method", ["repaint", *(pytest.param(method, marks=pytest.mark.slow) for method in ("replace", "guided"))])
 def test_kept_pixels_come_back_bit_for_bit(cls, method):
     "With every solver; the holes are filled with something else than lay there."
     images, mask = pictures(), np.ones((4, 4))
@@ -171,22 +171,22 @@ def test_the_known_part_is_noised_as_the_level_says(x64):
 
 
 def test_replacing_is_wrong_resampling_nearer_and_the_posterior_right():
-    "The mean in the hole, given what is around it: how far off, by method."
-    n, sampler = 3000, gaussian_sampler(EulerAncestralSampler)
+    "The variance in the hole given what is around it, by method, in units of the posterior's."
+    n, sampler = 3000, gaussian_sampler(HeunSampler)
     images = np.broadcast_to(Y.astype(np.float32).reshape(1, 1, D, 1), (n, 1, D, 1))
     due = given(np.eye(D)[KNOWN], Y[KNOWN], 0.0)[1][~KNOWN][:, ~KNOWN].trace()
     def excess(made): return np.cov(np.asarray(made).reshape(n, D)[:, ~KNOWN].T).trace() / due
     replaced, guided, repaint, more = (excess(inpaint(sampler, images, MASK, method, 40, rounds=rounds, rng=0))
                                        for method, rounds in (("replace", 1), ("guided", 1), ("repaint", 4), ("repaint", 16)))
     exact = excess(solve_inverse(sampler, images * MASK[..., None].astype(np.float32), Keep(MASK[..., None]), 0.0, 40, rng=0))
-    assert replaced > guided > 1.3 and replaced > repaint > more > 1.05 and abs(exact - 1) < 0.3 < more - exact
+    assert replaced > guided > 5 > repaint > 2 > more > exact and abs(exact - 1) < 0.1
 
 
 def test_resampling_alone_changes_no_distribution():
     "Down and up again leaves p_t as it is, so the samples are still those of the data."
-    sampler = ResamplingSampler(gaussian_sampler(EulerAncestralSampler), 3)
+    sampler = ResamplingSampler(gaussian_sampler(HeunSampler), 2)
     x = 80 * jax.random.normal(jax.random.key(0), (4000, 1, D, 1))
-    made = np.asarray(sampler.sample(x, sampler.make_steps(80), rng=1)).reshape(-1, D)
+    made = np.asarray(sampler.sample(x, sampler.make_steps(300), rng=1)).reshape(-1, D)
     np.testing.assert_allclose(made.mean(0), MEAN, atol=0.02)
     np.testing.assert_allclose(np.cov(made.T), COV, atol=6e-3)
 
@@ -239,11 +239,11 @@ def test_the_weaker_the_nearer(schedule):
     "On data of its own the mean distance grows with strength, and next to none is left at the least."
     sampler = gaussian_sampler(EulerAncestralSampler, schedule)
     images = np.clip(np.asarray(DATA.sample(jax.random.PRNGKey(0), 200)), -1, 1).reshape(-1, 1, D, 1)
-    far = [float(np.abs(np.asarray(image_to_image(sampler, images, s, 12, rng=0)) - images).mean()) for s in (0.01, 0.3, 1.0)]
+    far = [float(np.abs(np.asarray(image_to_image(sampler, images, s, 12, rng=0)) - images).mean()) for s in (0.01, 0.1, 1.0)]
     assert far[0] < 0.04 and far[0] < far[1] < far[2]
 
 
-@pytest.mark.parametrize("cls, ratio", [(DDIMSampler, 1.7), (HeunSampler, 3.2)])
+@pytest.mark.parametrize("cls, ratio", [(DDIMSampler, 1.7), (HeunSampler, 3.0)])
 def test_there_and_back_is_the_identity_to_the_solvers_order(cls, ratio, x64):
     schedule = SCHEDULES["CosineContinuousNoiseScheduler"]
     sampler = gaussian_sampler(cls, schedule)
