@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'WEIGHTS', 'LEANS', 'NAMED', 'PROBE', 'AT_ONCE', 'IN_FILE', 'LOG', 'TONES', 'read_ink', 'stroke_weight',
-           'slant', 'rank_thirds', 'write_caption', 'describe_digits', 'caption_hash', 'encode_texts', 'CaptionCache',
-           'cache_folder', 'encode_with_cache', 'EncodeCaptions', 'plain_words', 'emoji_texts', 'read_package',
-           'list_emoji', 'read_keywords', 'prepare_emoji', 'main']
+           'slant', 'rank_thirds', 'write_caption', 'describe_digits', 'caption_hash', 'call_encoder', 'encode_texts',
+           'CaptionCache', 'cache_folder', 'encode_with_cache', 'EncodeCaptions', 'plain_words', 'emoji_texts',
+           'read_package', 'list_emoji', 'read_keywords', 'prepare_emoji', 'main']
 
 # %% ../../nbs/61_captions.ipynb #e188a3f3
 import argparse
@@ -54,6 +54,7 @@ def stroke_weight(
     P = slope.sum((1, 2)) / shade
     return shade * (P / 4 - np.sqrt(np.maximum(P ** 2 / 16 - A, 0)))
 
+# %% ../../nbs/61_captions.ipynb #3bbb9589
 def slant(
     images,  # (B, H, W) or (B, H, W, C), in [-1, 1], bright strokes on black
 ) -> np.ndarray:
@@ -83,10 +84,12 @@ def rank_thirds(
         thirds[own] = np.searchsorted(bounds, values[own])
     return thirds
 
+# %% ../../nbs/61_captions.ipynb #738752cc
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WEIGHTS = ("thin", "", "thick")  # nothing is said of a middling weight
 LEANS = ("leaning left", "upright", "leaning right")
-NAMED = ((), ("weight",), ("lean",), ("weight", "lean"), ("weight", "hand", "lean"), ("list", "weight", "lean"))
+NAMED = ((), ("weight",), ("lean",), ("weight", "lean"), ("weight", "hand", "lean"),
+         ("list", "weight", "lean"))  # what a caption says of its digit, each as often as the others
 
 def write_caption(
     digit,  # its name
@@ -104,6 +107,7 @@ def write_caption(
     words = " ".join(f"{weight} {upright} {hand} {digit} {leaning}".split())
     return ("an " if words[0] in "aeiou" and not words.startswith("one") else "a ") + words
 
+# %% ../../nbs/61_captions.ipynb #b9b2e596
 def describe_digits(
     images,  # (M, H, W, C), in [-1, 1], bright strokes on black
     labels,  # (M,), from 0 to 9
@@ -131,6 +135,24 @@ def caption_hash(
     "16 bytes that stand for a caption."
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
+# %% ../../nbs/61_captions.ipynb #fb65f6b1
+def call_encoder(
+    encoder,  # list of B strings -> {"textcontext": (B, M, E), "textmask": (B, M)}
+    texts,  # B strings
+) -> tuple[np.ndarray, np.ndarray]:
+    "(the vectors (B, M, E), the mask (B, M)); a `ValueError` for an encoder that gives anything else."
+    encoded = encoder(texts)
+    due = 'encoder must give {"textcontext": (B, M, E) finite, "textmask": (B, M) bool}'
+    try:
+        context = np.asarray(encoded["textcontext"], np.float32)
+        mask = np.asarray(encoded["textmask"])
+    except (TypeError, KeyError, IndexError, ValueError) as e:
+        raise ValueError(f"{due}, got {type(encoded).__name__}: {e!r}") from e
+    fits = context.ndim == 3 and mask.shape == context.shape[:2] and len(mask) == len(texts)
+    if not fits or mask.dtype != bool or not np.isfinite(context).all():
+        raise ValueError(f"{due}, got {context.shape} and {mask.shape} of {mask.dtype} for {len(texts)} texts")
+    return context, mask
+
 def encode_texts(
     encoder,  # list of B strings -> {"textcontext": (B, M, E), "textmask": (B, M)}
     texts,  # any number of strings
@@ -140,17 +162,7 @@ def encode_texts(
     for start in range(0, len(texts), AT_ONCE):
         part = list(texts[start:start + AT_ONCE])
         padded = part + [""] * ((1 << (len(part) - 1).bit_length()) - len(part))  # few shapes, few programs
-        encoded = encoder(padded)
-        try:
-            context = np.asarray(encoded["textcontext"], np.float32)
-            mask = np.asarray(encoded["textmask"])
-        except (TypeError, KeyError, ValueError) as e:
-            raise ValueError('encoder must give {"textcontext": (B, M, E), "textmask": (B, M)}, '
-                             f"got {type(encoded).__name__}: {e!r}") from e
-        fits = context.ndim == 3 and mask.shape == context.shape[:2] and len(mask) == len(padded)
-        if not fits or mask.dtype != bool or not np.isfinite(context).all():
-            raise ValueError('encoder must give {"textcontext": (B, M, E), "textmask": (B, M) bool}, finite, '
-                             f"got {context.shape} and {mask.shape} of {mask.dtype} for {len(padded)} texts")
+        context, mask = call_encoder(encoder, padded)
         both = np.concatenate([context, mask[..., None]], -1)
         ends = np.where(mask.any(1), mask.shape[1] - mask[:, ::-1].argmax(1), 0)
         rows += [both[i, :ends[i]].copy() for i in range(len(part))]
@@ -227,13 +239,14 @@ def cache_folder(
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder.name))[-40:]
     return root / f"{readable}-{caption_hash(f'{encoder.name} {shape}').hex()[:12]}"
 
+# %% ../../nbs/61_captions.ipynb #1e0129ff
 def encode_with_cache(
     encoder,  # of captions, with a `name`
     texts,  # different captions, the first of them `PROBE`
     cache,  # a folder, or None for the default
 ) -> list[np.ndarray]:
     "The rows of each text, read where they are known, encoded and kept where not."
-    shape = np.shape(encoder([PROBE])["textcontext"])[1:]
+    shape = call_encoder(encoder, [PROBE])[0].shape[1:]
     fresh, = encode_texts(encoder, [PROBE])
     kept = CaptionCache(cache_folder(encoder, cache, shape), shape[1] + 1)
     hashes = [caption_hash(text) for text in texts]
@@ -270,7 +283,7 @@ class EncodeCaptions:
         different = {text for one in texts for text in ([one] if isinstance(one, str) else one)}
         ordered = [PROBE, *sorted(different - {PROBE})]
         self.number = {text: n for n, text in enumerate(ordered)}  # of each caption, its place in `ends`
-        self.tokens, self.features = np.shape(encoder([PROBE])["textcontext"])[1:]
+        self.tokens, self.features = call_encoder(encoder, [PROBE])[0].shape[1:]
         named = getattr(encoder, "name", None)
         rows = encode_with_cache(encoder, ordered, cache) if named else encode_texts(encoder, ordered)
         self.ends = np.cumsum([0] + [len(part) for part in rows])
@@ -339,6 +352,7 @@ def read_package(
         raise ValueError(f"package must be a folder or a .tgz of npm's, got {str(package)!r}: {e}") from e
     return {name: (lambda content=content: content) for name, content in contents.items()}
 
+# %% ../../nbs/61_captions.ipynb #2019987d
 def list_emoji(
     entries,  # of emoji.json
     keywords,  # {emoji: its keywords}, or {}
@@ -368,6 +382,7 @@ def read_keywords(
         return json.loads(found.read_text(encoding="utf-8"))
     return json.loads(read_package(path)["dist/emoji-en-US.json"]())
 
+# %% ../../nbs/61_captions.ipynb #c3dc4078
 def prepare_emoji(
     package,  # npm's emoji-datasource-google: a folder, or its .tgz
     out,  # the folder to be made, for `get_dataset("folder:OUT", captions=True)`

@@ -179,7 +179,7 @@ def check_text(
     "A caption, or several as a tuple; else a `ValueError`."
     several = text if isinstance(text, (list, tuple)) else [text]
     if not several or not all(isinstance(one, str) for one in several):
-        raise ValueError(f"a text must be a string or a list of strings, got {text!r}")
+        raise ValueError(f"a text (or each of a list) must be a string, got {text!r}")
     return text if isinstance(text, str) else tuple(text)
 
 def read_caption_table(
