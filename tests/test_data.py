@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 import types
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 from sklearn import datasets
 
-from flaxdiff.data import arrays, stream
+from flaxdiff.data import arrays, captions, stream
 from flaxdiff.data import folder as folder_module
 from flaxdiff.data import tfds as module
 from flaxdiff.data import (FileStream, ImageFolder, ImageStream, PrepareImage, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
@@ -570,8 +571,8 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, pictures, folders):
     assert get_dataset(f"folder:{tmp_path}")[0].label_names is None and get_dataset(f"folder:{tmp_path}")[1] == 2
     with pytest.raises(ValueError, match="^split must be 'all' for a folder"): get_dataset(f"folder:{pictures}", split="train")
     with pytest.raises(ValueError, match="^data_dir must be None for a folder"): get_dataset(f"folder:{pictures}", data_dir="x")
-    for name in ("digits", "tiny_pictures"):
-        with pytest.raises(ValueError, match="^captions must be False"): get_dataset(name, captions=True, data_dir=folders[0])
+    for rest in (dict(captions=True), dict(encoder=WordEncoder())):
+        with pytest.raises(ValueError, match="^captions must be False and encoder None"): get_dataset("tiny_pictures", data_dir=folders[0], **rest)
 
 
 def test_a_folder_needs_grain_and_says_so(pictures, monkeypatch):
@@ -1186,7 +1187,7 @@ def test_npz_columns_are_conditions_and_names_are_kept(tmp_path):
     assert np.array_equal(batch["pose"], pose[order]) and np.array_equal(batch["label"], order % 3) and np.array_equal(batch["image"][..., 0], PIXELS[order] / np.float32(127.5) - 1)
     assert list(next(get_dataset(f"npz:{path}", 7, columns=["pose"])[0])) == ["image", "pose"] and isinstance(next(get_dataset(f"npz:{path}", 7)[0]), np.ndarray)
     for bad, word in ((dict(columns=("nose",)), "must hold an array named nose; it holds images, labels"), (dict(columns=("short",)), "short.* must be one for each of the 23 images"),
-                      (dict(columns="pose"), "^columns must be names"), (dict(split="train"), "^split must be 'all'"), (dict(captions=True), "^captions must be False"),
+                      (dict(columns="pose"), "^columns must be names"), (dict(split="train"), "^split must be 'all'"),
                       (dict(crop="random"), "^crop must be 'centre'"), (dict(data_dir="x"), "^data_dir must be None"), (dict(batch_size=10 ** 12), "^batch_size.* must be smaller")):
         with pytest.raises(ValueError, match=word): get_dataset(f"npz:{path}", **bad)
     with pytest.raises(ValueError, match="^columns must"): get_dataset("digits", columns=("pose",))
@@ -1277,7 +1278,7 @@ class Table:
     "The few things of `datasets.Dataset` that are called, for where the library is not installed."
     def __init__(self, rows, features): self.rows, self.features, self.column_names = rows, features, list(features)
     def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.rows[i]
+    def __getitem__(self, i): return [row[i] for row in self.rows] if isinstance(i, str) else self.rows[i]
     def select_columns(self, names): return Table([{n: row[n] for n in names} for row in self.rows], {n: self.features[n] for n in names})
     def cast_column(self, name, feature):
         assert feature.decode is False
@@ -1382,3 +1383,319 @@ def test_a_function_may_send_the_batches(opened):
         assert data.get_state() == plain.get_state()
         sent, batch = next(data), next(plain)
         assert isinstance(sent, jax.Array) and sent.shape[:2] == (2, 3) and np.array_equal(sent.reshape(batch.shape), batch)
+
+
+# ---- captions and what an encoder makes of them
+
+class WordEncoder:
+    "A text encoder that really encodes: one vector for each of up to 6 words, the same for the same word; counts what it was asked."
+    name, features, tokens = "tests/words", 5, 6
+
+    def __init__(self): self.asked = []
+
+    def __call__(self, texts):
+        self.asked += texts
+        context, mask = np.zeros((len(texts), 6, 5), np.float32), np.zeros((len(texts), 6), bool)
+        for i, text in enumerate(texts):
+            for j, word in enumerate(text.split()[:6]): context[i, j], mask[i, j] = np.random.default_rng(zlib.crc32(word.encode())).normal(size=5), True
+        return {"textcontext": context, "textmask": mask}
+
+
+@pytest.fixture(params=["digits", "folder", "several", "npz", "idx", "hf"])
+def captioned(request, tmp_path, monkeypatch):
+    "A function that opens captioned data of each kind."
+    name, texts = "digits", None
+    if request.param in ("folder", "several"):
+        pytest.importorskip("grain")
+        for i in range(M): save_picture(tmp_path / "p" / "ab"[i % 2] / f"{i:02d}.png", i, captions=True)
+        name = f"folder:{tmp_path / 'p'}"
+        if request.param == "several":
+            table = [json.dumps({"file_name": f"{'ab'[i % 2]}/{i:02d}.png", "text": [f"picture {i}", f"number {i} of all"]}) for i in range(M)]
+            (tmp_path / "p" / "metadata.jsonl").write_text("\n".join(table))
+    if request.param == "npz":
+        name = f"npz:{tmp_path}/a.npz"
+        np.savez(tmp_path / "a.npz", image=PIXELS, text=np.array([f"picture {i}" for i in range(23)]), label=np.arange(23) % 3)
+    if request.param == "idx":
+        name = f"idx:{tmp_path}"
+        write_idx(tmp_path / "train-images-idx3-ubyte", PIXELS)
+        write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(23, dtype=np.uint8) % 3)
+        (tmp_path / "label_names.txt").write_text("a shirt\na shoe\na bag\n")
+    if request.param == "hf":
+        hugging_face = pytest.importorskip("datasets")
+        save_table(tmp_path / "t", hugging_face, all=range(8))
+        name = f"hf:{tmp_path / 't'}"
+    return lambda **rest: get_dataset(name, **{"batch_size": 6, "image_scale": 4 if request.param == "npz" else 8, "seed": 3, **rest})[0]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_captions_come_encoded_each_once_and_stay_with_their_pictures(captioned, labels, tmp_path):
+    encoder = WordEncoder()
+    words, data = captioned(captions=True, labels=labels), captioned(encoder=encoder, cache=tmp_path / "cache", labels=labels)
+    asked = [text for text in encoder.asked if text not in ("a picture", "")]
+    assert len(asked) == len(set(asked)) > 0
+    for read, due in zip(take(data, 9), take(words, 9)):
+        assert list(read) == ["image"] + ["label"] * labels + ["textcontext", "textmask"] and np.array_equal(read["image"], due["image"])
+        encoded = WordEncoder()(list(due["text"]))
+        assert all(np.array_equal(read[k], encoded[k]) and read[k].dtype == encoded[k].dtype for k in encoded)
+    again = WordEncoder()
+    captioned(encoder=again, cache=tmp_path / "cache")
+    assert set(again.asked) == {"a picture"}  # the probe alone: all else is known
+
+
+def test_encoded_captions_stop_go_on_and_are_shared(captioned, tmp_path):
+    def open(**rest): return captioned(encoder=WordEncoder(), cache=tmp_path / "cache", **rest)
+    data = open()
+    take(data, 3)
+    state, due, again = json.dumps(data.get_state()), take(data, 4), open()
+    again.set_state(json.loads(state))
+    for a, b in zip(take(again, 4), due): assert all(np.array_equal(a[k], b[k]) for k in a)
+    for h in range(2):
+        host = open(host=h, hosts=2)
+        host.set_state(json.loads(state))
+        for a, b in zip(take(host, 4), due): assert all(np.array_equal(a[k], b[k][3 * h:3 * h + 3]) for k in a)
+    for part in ("train", "validation"): assert next(open(validation=2, part=part))["textmask"].any(1).all() and open(validation=2, part=part).num_classes == open().num_classes
+
+
+def test_one_of_several_captions_is_drawn_by_seed_epoch_and_example(tmp_path):
+    pytest.importorskip("grain")
+    for i in range(8): save_picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": [f"{i} a", f"{i} b", f"{i} c"]}) for i in range(8)))
+    def open(**rest): return get_dataset(f"folder:{tmp_path}", 8, 8, captions=True, **rest)[0]
+    def epochs(data): return [sorted(batch["text"]) for batch in take(data, 30)]
+    seen = epochs(open())
+    assert seen == epochs(open(threads=1)) != epochs(open(seed=1))
+    assert all([text[0] for text in epoch] == list("01234567") for epoch in seen)
+    counts = np.unique([text[2] for epoch in seen for text in epoch], return_counts=True)[1]
+    assert len(counts) == 3 and abs(counts - 80).max() < 5 * np.sqrt(240 * 2 / 9)
+    for bad in ([], [1], {"a": 1}, None):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": bad}))
+        with pytest.raises(ValueError, match="line 1 .*must be a string, got"): open()
+
+
+def test_crops_are_where_they_were_before_captions(tmp_path):
+    pytest.importorskip("grain")
+    ramp = np.arange(40 * 90 * 3).reshape(40, 90, 3) % 251
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a ramp")
+    bare, worded = (get_dataset(f"folder:{tmp_path}", 5, 8, crop="random", **rest)[0] for rest in ({}, {"captions": True}))
+    assert all(np.array_equal(a, b["image"]) for a, b in zip(take(bare, 3), take(worded, 3)))
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, caplog):
+    def open():
+        encoder = WordEncoder()
+        batch = next(get_dataset("digits", 16, encoder=encoder, cache=tmp_path / "c")[0])
+        return batch, len(set(encoder.asked) - {"", "a picture"})
+    due, asked = open()
+    assert asked > 50 and open()[1] == 0
+    file, = (tmp_path / "c").rglob("*.npz")
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for broken in (b"", b"no zip", whole[:-100], whole[:200], bytes(flipped)):
+        file.write_bytes(broken)
+        caplog.clear()
+        batch, again = open()
+        assert again == asked and "is damaged and will be made again" in caplog.text and file.read_bytes()[:2] == b"PK"
+        assert all(np.array_equal(batch[k], due[k]) for k in due) and open()[1] == 0
+    assert not list((tmp_path / "c").rglob("*.part"))
+
+
+def test_another_encoder_of_the_same_name_finds_nothing(tmp_path, caplog):
+    class Other(WordEncoder):
+        def __call__(self, texts):
+            encoded = super().__call__(texts)
+            return {**encoded, "textcontext": encoded["textcontext"] * 2}
+    first = next(get_dataset("digits", 16, encoder=WordEncoder(), cache=tmp_path)[0])
+    second = next(get_dataset("digits", 16, encoder=Other(), cache=tmp_path)[0])
+    assert np.array_equal(second["textcontext"], 2 * first["textcontext"]) and "is not what it was" in caplog.text
+    class Longer(WordEncoder):
+        tokens = 7
+        def __call__(self, texts): return {k: np.concatenate([v, v[:, :1]], 1) for k, v in super().__call__(texts).items()}
+    assert next(get_dataset("digits", 16, encoder=Longer(), cache=tmp_path)[0])["textmask"].shape == (16, 7)
+    assert np.array_equal(next(get_dataset("digits", 16, encoder=Other(), cache=tmp_path)[0])["textcontext"], second["textcontext"])
+
+
+def test_the_default_cache_is_the_users_and_a_stopped_start_keeps_what_is_done(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(captions, "IN_FILE", 64)
+    caplog.set_level(logging.INFO)
+    class Stopped(WordEncoder):
+        def __call__(self, texts):
+            if len(self.asked) > 150: raise KeyboardInterrupt
+            return super().__call__(texts)
+    with pytest.raises(KeyboardInterrupt): get_dataset("digits", encoder=Stopped())
+    folder, = (tmp_path / "flaxdiff" / "captions").iterdir()
+    assert str(folder) in caplog.text and folder.name.startswith("tests_words-") and list(folder.glob("*.npz"))
+    encoder = WordEncoder()
+    get_dataset("digits", encoder=encoder)
+    fresh = WordEncoder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    get_dataset("digits", encoder=fresh)
+    assert len(set(encoder.asked)) < len(set(fresh.asked)) - 60
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^cache must be a folder to write to, got .*file"): get_dataset("digits", encoder=WordEncoder(), cache=tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert next(get_dataset("digits", encoder=WordEncoder())[0])["textmask"].any() and "captions are not kept" in caplog.text
+
+
+def test_encoders_that_are_none(tmp_path):
+    nameless = lambda texts: WordEncoder()(texts)
+    assert next(get_dataset("digits", encoder=nameless)[0])["textcontext"].shape == (16, 6, 5)
+    for rest, word in ((dict(encoder="minilm"), "^encoder must be a function"), (dict(cache="x"), "^cache must be None without an encoder"), (dict(encoder=nameless, cache="x"), "^cache must be None"),
+                       (dict(encoder=WordEncoder(), cache=3), "^cache must be the path"), (dict(encoder=lambda texts: np.zeros(3)), "^encoder must give"),
+                       (dict(encoder=lambda texts: {"textcontext": np.zeros((len(texts), 2, 3))}), "^encoder must give"),
+                       (dict(encoder=lambda texts: {"textcontext": np.zeros((1, 2, 3)), "textmask": np.zeros((1, 2), bool)}), "^encoder must give"),
+                       (dict(encoder=lambda texts: {"textcontext": np.full((len(texts), 2, 3), np.nan), "textmask": np.ones((len(texts), 2), bool)}), "^encoder must give")):
+        with pytest.raises(ValueError, match=word): get_dataset("digits", **rest)
+
+
+def test_labels_are_counted_and_named(tmp_path):
+    assert get_dataset("digits")[0].num_classes == 10 == len(get_dataset("digits", labels=True)[0].label_names)
+    np.savez(tmp_path / "a.npz", image=PIXELS, label=np.arange(23) % 5, label_names=["a", "b", "c"])
+    data = get_dataset(f"npz:{tmp_path}/a.npz", labels=True)[0]
+    assert data.num_classes == 5 and data.label_names == ["a", "b", "c", "3", "4"]
+    with pytest.raises(ValueError, match="captions=True needs a name for each label; there are 3 names, and labels to 4"): get_dataset(f"npz:{tmp_path}/a.npz", captions=True)
+    np.savez(tmp_path / "b.npz", image=PIXELS)
+    assert get_dataset(f"npz:{tmp_path}/b.npz")[0].num_classes is None
+    with pytest.raises(ValueError, match="captions=True needs 23 strings"): get_dataset(f"npz:{tmp_path}/b.npz", captions=True)
+    np.savez(tmp_path / "c.npz", image=PIXELS, text=np.arange(23))
+    with pytest.raises(ValueError, match="captions=True needs 23 strings"): get_dataset(f"npz:{tmp_path}/c.npz", captions=True)
+
+
+def stroke(width, shear, length=6, size=8, across=0.0, fine=16):
+    "A bar of ink, of this width across and leaning so far to the right, (size, size, 1)."
+    g = (np.arange(size * fine) + 0.5) / fine - size / 2
+    y, x = np.meshgrid(g, g - across, indexing="ij")
+    inside = (abs(x + shear * y) <= width / 2 * np.sqrt(1 + shear ** 2)) & (abs(y) <= length / 2)
+    return inside.reshape(size, fine, size, fine).mean((1, 3))[..., None] * 2 - 1
+
+
+def test_measures_of_drawn_strokes():
+    for width in (0.5, 1, 1.5, 2, 2.5):
+        bars = np.stack([stroke(width, shear, across=x) for shear in np.linspace(-0.8, 0.8, 9) for x in (-0.4, 0, 0.3)])
+        assert abs(captions.stroke_weight(bars).mean() - width) < 0.26 and captions.stroke_weight(bars).std() < 0.15
+    for shear in (-0.8, -0.3, 0, 0.3, 0.8): assert abs(captions.slant(stroke(1.2, shear)[None])[0] - shear) < 0.06
+    turned = stroke(1.5, 0.3)[None]
+    assert abs(captions.slant(turned[:, :, ::-1]) + captions.slant(turned)) < 1e-9  # mirrored: the other way
+    assert abs(captions.stroke_weight(turned.transpose(0, 2, 1, 3)) - captions.stroke_weight(turned)) < 1e-9
+    empty = -np.ones((2, 8, 8, 1))
+    assert not captions.stroke_weight(empty).any() and not captions.slant(empty).any()
+    for bad in (np.zeros((8, 8)), np.full((1, 8, 8), np.nan), np.zeros((0, 8, 8))):
+        for measure in (captions.stroke_weight, captions.slant):
+            with pytest.raises(ValueError, match="^images must"): measure(bad)
+
+
+def test_digits_are_described_by_what_is_measured():
+    images, labels = load_digits()
+    texts = captions.describe_digits(images, labels)
+    assert texts == captions.describe_digits(images, labels) and len(set(texts)) > 200
+    weight, lean = captions.stroke_weight(images), captions.slant(images)
+    for digit, name in enumerate(captions.DIGITS):
+        own = np.flatnonzero(labels == digit)
+        assert all(name in texts[i].replace(",", "").split() for i in own)
+        for low, high, measure in (("thin", "thick", weight), ("leaning left", "leaning right", lean), ("leaning left", "upright", lean), ("upright", "leaning right", lean)):
+            assert max(measure[i] for i in own if low in texts[i]) <= min(measure[i] for i in own if high in texts[i])
+    assert not any(text.startswith("a eight") or "  " in text for text in texts) and {"a three", "an eight", "a one"} <= set(texts)
+    for bad in (labels[:-1], labels * 2, labels.astype(float)):
+        with pytest.raises(ValueError, match="^labels must be 1797 whole numbers from 0 to 9"): captions.describe_digits(images, bad)
+
+
+# ---- emoji
+
+def emoji_package(root):
+    "A package of the form of npm's emoji-datasource-google, with four pictures and a skin tone."
+    entries = []
+    for n, (name, short, category) in enumerate((("GRINNING FACE", ["grinning", "grinning_face"], "Smileys & Emotion"), ("Chad Flag", ["flag-td"], "Flags"), ("WAVING HAND SIGN", ["wave"], "People & Body"))):
+        entries.append({"name": name, "unified": f"1F60{n}", "image": f"1f60{n}.png", "short_names": short, "category": category, "subcategory": "x", "has_img_google": True})
+    entries[2]["skin_variations"] = {"1F3FB": {"image": "1f602-1f3fb.png", "has_img_google": True}, "1F3FC-1F3FF": {"image": "1f602-b.png", "has_img_google": True}, "1F3FD": {"image": "none.png", "has_img_google": False}}
+    (root / "img/google/64").mkdir(parents=True)
+    for file in ("1f600", "1f601", "1f602", "1f602-1f3fb", "1f602-b"): Image.new("RGBA", (64, 64), (200, 0, 0, 0 if file == "1f600" else 255)).save(root / f"img/google/64/{file}.png")
+    (root / "emoji.json").write_text(json.dumps(entries))
+    return root
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_emoji_become_a_folder_of_captioned_pictures(tmp_path, packed):
+    pytest.importorskip("grain")
+    package = emoji_package(tmp_path / "package")
+    (tmp_path / "keys.json").write_text(json.dumps({"\U0001f600": ["grinning_face", "smile", ":D", "happy", "100"]}, ensure_ascii=False), "utf-8")
+    if packed:
+        with tarfile.open(tmp_path / "e.tgz", "w:gz") as archive: archive.add(package, "package")
+        package = tmp_path / "e.tgz"
+    told = python("import sys; from flaxdiff.data.captions import main; main(sys.argv[1:])", "emoji", package, tmp_path / "out", "--size", 16, "--keywords", tmp_path / "keys.json", "--background", "#00ff00")
+    assert told == f"4 pictures of 16×16 with captions in {tmp_path / 'out'}\n"
+    table = {row["file_name"]: row for row in map(json.loads, (tmp_path / "out" / "metadata.jsonl").read_text().splitlines())}
+    assert table["1f600.png"] == {"file_name": "1f600.png", "text": ["grinning face", "grinning", "grinning face, smile, happy"], "category": "Smileys & Emotion", "subcategory": "x"}
+    assert table["1f602-1f3fb.png"]["text"] == ["waving hand sign, light skin", "wave, light skin"] and table["1f602-b.png"]["text"][0] == "waving hand sign, medium-light and dark skin"
+    data, count = get_dataset(f"folder:{tmp_path / 'out'}", 4, 16, captions=True)
+    batch = next(data)
+    assert count == 4 and all(text in table_texts for text, table_texts in zip(sorted(batch["text"]), [sum((row["text"] for row in table.values()), [])] * 4))
+    clear = batch["image"][[text.startswith("grin") for text in batch["text"]]][0]
+    assert abs(clear - [-1, 1, -1]).max() == 0  # a picture of nothing shows the background
+    assert captions.prepare_emoji(package, tmp_path / "flags", 16, flags=True) == 5
+
+
+def test_emoji_packages_that_are_none(tmp_path):
+    (tmp_path / "e.tgz").write_bytes(b"no archive")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "emoji.json").write_text('[{"name": "A"}]')
+    for package, word in ((tmp_path / "e.tgz", "a folder or a .tgz"), (tmp_path / "none", "a folder or a .tgz"), (tmp_path / "empty", "an emoji.json"), (tmp_path / "odd", "an emoji.json")):
+        with pytest.raises(ValueError, match=f"^package must .*{word}"): captions.prepare_emoji(package, tmp_path / "out")
+    with pytest.raises(ValueError, match="^out must be a new or an empty folder"): captions.prepare_emoji(tmp_path / "empty", tmp_path / "odd")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_real_emoji(tmp_path):
+    package = os.environ.get("FLAXDIFF_EMOJI")
+    if not package: pytest.skip("the real package is not here: npm pack emoji-datasource-google, and name its .tgz in FLAXDIFF_EMOJI")
+    assert captions.prepare_emoji(package, tmp_path / "e", 8) > 3000
+    batch = next(get_dataset(f"folder:{tmp_path / 'e'}", 64, 8, captions=True)[0])
+    assert len(set(batch["text"])) > 50 and batch["image"].std() > 0.3
+
+
+# ---- several streams in one
+
+def test_mixed_streams_keep_their_weights_stop_and_go_on_on_every_host(pictures):
+    def open(H=1, h=0, seed=4):
+        parts = [(get_dataset("digits", 4, 8, 3, seed=1, host=h, hosts=H)[0], 5), (get_dataset(f"folder:{pictures}", 4, 8, host=h, hosts=H)[0], 2), (get_dataset("digits", 4, 8, 3, seed=2, host=h, hosts=H)[0], 1)]
+        return stream.mix_streams(parts, seed)
+    mixed = open()
+    counts = np.bincount([mixed.choose(n) for n in range(800)], minlength=3)
+    assert abs(counts - [500, 200, 100]).max() <= 4 and mixed.examples == 1797 * 2 + M
+    batches = take(mixed, 9)
+    state, due = json.dumps(mixed.get_state()), take(mixed, 20)
+    again = open()
+    assert all(np.array_equal(a, b) for a, b in zip(take(again, 9), batches))
+    for H in (1, 2):
+        for h in range(H):
+            host = open(H, h)
+            host.set_state(json.loads(state))
+            share = 4 // H
+            assert all(np.array_equal(a, b[h * share:(h + 1) * share]) for a, b in zip(take(host, 20), due))
+            assert host.get_state() == mixed.get_state()
+    assert not np.array_equal([open(seed=5).choose(n) for n in range(30)], [mixed.choose(n) for n in range(30)])
+
+
+def test_states_and_parts_of_mixtures_that_do_not_fit():
+    def open(weight=1.0, other=0, batch=4): return stream.mix_streams([(get_dataset("digits", batch)[0], weight), (get_dataset("digits", batch, seed=other)[0], 1)])
+    mixed, moved = open(), open()
+    take(moved, 3)
+    moved_state = moved.get_state()
+    wrong = json.loads(json.dumps(moved_state))
+    wrong["streams"][1]["seed"] = 9
+    for bad in ({}, None, open(2.0).get_state(), {**moved_state, "position": -1}, {**moved_state, "streams": moved_state["streams"][:1]}, wrong):
+        with pytest.raises(ValueError): mixed.set_state(bad)
+        assert mixed.get_state() == open().get_state()
+    mixed.set_state(moved_state)
+    data = get_dataset("digits")[0]
+    for bad, word in (([], "at least one pair"), (3, "a list of pairs"), ([data], "a list of pairs|streams with get_state"), ([(data, 0)], "^weight must be above 0"), ([(data, -1)], "^weight must"), ([(data, np.nan)], "^weight must"),
+                      ([(iter([1]), 1)], "streams with get_state"), ([(data, 1), (data, 1)], "each stream once")):
+        with pytest.raises(ValueError, match=word): stream.mix_streams(bad)
+    with pytest.raises(ValueError, match="^seed must"): stream.mix_streams([(data, 1)], seed=-1)
+    odd = stream.mix_streams([(get_dataset("digits")[0], 1), (get_dataset("digits", labels=True)[0], 1)])
+    with pytest.raises(ValueError, match="^streams must all hand out the same"): take(odd, 4)

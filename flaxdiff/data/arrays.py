@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHITE', 'IDX_TYPES', 'check_arrays', 'PrepareArrays', 'Arrays', 'read_npz', 'find_file', 'read_idx', 'find_idx',
-           'read_idx_folder', 'check_labels', 'array_stream', 'PictureTable', 'open_table', 'find_column',
-           'table_stream']
+           'read_idx_folder', 'check_labels', 'check_texts', 'array_stream', 'PictureTable', 'open_table',
+           'find_column', 'table_stream']
 
 # %% ../../nbs/27_arrays.ipynb #55e95899
 import gzip
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .folder import FileStream, picture_stream
+from .folder import FileStream, check_text, picture_stream
 from .pixels import PrepareImage, check_background, choose_square, compose
 from .stream import ImageStream, check_channels, check_memory, choose_part
 from ..utils import check_positive_int
@@ -95,6 +95,7 @@ class Arrays(NamedTuple):
     labels: Any = None  # (M,), whole numbers; None if there are none
     label_names: list[str] | None = None  # what the labels mean, where that is known
     columns: dict | None = None  # {name: (M, …)}: what else belongs to each example
+    texts: Any = None  # (M,), captions; None if there are none
 
 def read_npz(
     path,  # of a .npz file
@@ -109,7 +110,8 @@ def read_npz(
             arrays = {name: stored[name] for name in stored.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
         raise ValueError(f"{path} is no .npz file, or a damaged one: {type(e).__name__}: {e}") from e
-    image, label = (next((n for n in (name, name + "s") if n in arrays), None) for name in ("image", "label"))
+    image, label, text = (next((n for n in (name, name + "s") if n in arrays), None)
+                          for name in ("image", "label", "text"))
     missing = [name for name in columns if name not in arrays]
     if image is None or missing:
         raise ValueError(f"{path} must hold an array named {', '.join(missing) or 'image'}; "
@@ -117,7 +119,7 @@ def read_npz(
     names = arrays.get("label_names")
     return Arrays(check_arrays(arrays[image], f"{image} of {path}"), None if label is None else arrays[label],
                   None if names is None else [str(name) for name in names],
-                  {name: arrays[name] for name in columns})
+                  {name: arrays[name] for name in columns}, None if text is None else arrays[text])
 
 def find_file(
     kind,  # "npz"
@@ -212,6 +214,22 @@ def check_labels(
                          f"{labels.shape}")
     return labels.astype(np.int32)
 
+def check_texts(
+    arrays,  # an `Arrays`
+) -> np.ndarray:
+    "The captions (M,), or without them the names of the labels; a `ValueError` where there are neither."
+    texts, names, examples = arrays.texts, arrays.label_names, len(arrays.images)
+    if texts is None and names is not None and arrays.labels is not None:
+        labels = check_labels(arrays.labels, examples)
+        if labels.max() >= len(names):
+            raise ValueError(f"captions=True needs a name for each label; there are {len(names)} names, and "
+                             f"labels to {labels.max()}")
+        texts = np.array(names)[labels]
+    if texts is None or np.shape(texts) != (examples,) or np.asarray(texts).dtype.kind not in "UO":
+        raise ValueError(f"captions=True needs {examples} strings, an array named text, or labels and "
+                         "label_names, and the data have neither")
+    return np.array([str(text) for text in texts], object)
+
 def array_stream(
     arrays,  # an `Arrays`
     batch_size,  # B, of all hosts together
@@ -221,6 +239,7 @@ def array_stream(
     background="white",  # behind transparent pixels
     validation=0,  # the share held out, or how many examples
     part="train",  # "train", or "validation" for those held out
+    captions=False,  # the captions, or the labels' names, as "text" in each batch
     **options,  # seed, host and hosts, of `ImageStream`
 ) -> ImageStream:
     "Arrays as a stream."
@@ -231,11 +250,15 @@ def array_stream(
     rows = batch_size if isinstance(batch_size, int) else 1
     what = f"a batch of {rows:,} images of {prepare.size}×{prepare.size}×{prepare.channels} in float32"
     check_memory("batch_size or image_scale", what, 4 * rows * prepare.size ** 2 * prepare.channels)
-    data = ImageStream(arrays.images, targets, batch_size, with_labels=labels, columns=arrays.columns,
+    columns = dict(arrays.columns or {})
+    if captions:
+        columns["text"] = check_texts(arrays)
+    data = ImageStream(arrays.images, targets, batch_size, with_labels=labels, columns=columns,
                        members=members, prepare=prepare, **options)
     data.label_names = arrays.label_names
-    if targets is not None and data.label_names is None:
-        data.label_names = [str(number) for number in range(int(targets.max()) + 1)]
+    if targets is not None:  # labels without a name are called by their number
+        known = data.label_names or []
+        data.label_names = known + [str(number) for number in range(len(known), int(targets.max()) + 1)]
     return data
 
 # %% ../../nbs/27_arrays.ipynb #8cad3b7b
@@ -253,6 +276,10 @@ class PictureTable:
 
     def __len__(self):
         return len(self.table)
+
+    def all_texts(self):
+        "The caption or captions of each row."
+        return [check_text(text) for text in self.table[self.columns["text"]]]
 
     def __getitem__(self, i):
         "Row i, its picture as the bytes of a file."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['walk_files', 'list_pictures', 'count_left_out', 'report_left_out', 'ImageFolder', 'read_captions', 'read_text',
-           'caption_files', 'read_caption_table', 'stack_examples', 'FileBatches', 'reading_threads', 'FileStream',
-           'picture_stream', 'folder_stream']
+           'caption_files', 'check_text', 'read_caption_table', 'stack_examples', 'FileBatches', 'reading_threads',
+           'FileStream', 'picture_stream', 'folder_stream']
 
 # %% ../../nbs/26_folders.ipynb #1c956147
 import json
@@ -120,6 +120,10 @@ class ImageFolder:
     def __len__(self):
         return len(self.files)
 
+    def all_texts(self):
+        "The caption or captions of each picture."
+        return [self.texts[file] for file in self.files] if self.texts is not None else None
+
     def __getitem__(self, i):
         "Picture number i, undecoded."
         file = self.files[i]
@@ -169,10 +173,19 @@ def caption_files(
     return {PurePosixPath(file).with_suffix(".txt").as_posix() for file in files}
 
 # %% ../../nbs/26_folders.ipynb #c8c339b8
+def check_text(
+    text,  # what was given
+) -> str | tuple[str, ...]:
+    "A caption, or several as a tuple; else a `ValueError`."
+    several = text if isinstance(text, (list, tuple)) else [text]
+    if not several or not all(isinstance(one, str) for one in several):
+        raise ValueError(f"a text (or each of a list) must be a string, got {text!r}")
+    return text if isinstance(text, str) else tuple(text)
+
 def read_caption_table(
     path,  # of a metadata.jsonl
 ) -> dict:
-    "{file: caption} of a metadata.jsonl; a `ValueError` names the first bad line."
+    "{file: caption, or a tuple of several} of a metadata.jsonl; a `ValueError` names the first bad line."
     texts = {}
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -180,9 +193,7 @@ def read_caption_table(
         try:
             row = json.loads(line)
             file = PurePosixPath(row["file_name"]).as_posix()
-            text = row["text"]
-            if not isinstance(text, str):
-                raise ValueError(f"a text must be a string, got {text!r}")
+            text = check_text(row["text"])
         except (ValueError, KeyError, TypeError) as e:
             due = '{"file_name": "cats/tom.png", "text": "a grey cat"}'
             raise ValueError(f"line {n} of {path} must be like {due}: {type(e).__name__}: {e}") from e
@@ -280,7 +291,6 @@ class FileStream(EndlessLine):
         self.max_damaged = check_whole("max_damaged", limit)
         self.images = source
         self.name_of = name_of
-        self.label_names: list[str] | None = None  # what the labels mean, where that is known
         self.damaged = {}
         self.reasons = {}  # {index: why} of the damaged
         order = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
@@ -300,7 +310,7 @@ class FileStream(EndlessLine):
             raise ValueError(f"{len(self.damaged)} of {self.examples} examples are damaged, "
                              f"where max_damaged is {self.max_damaged}: {told}; mend or remove them")
         self.position += self.batch_size
-        return batch
+        return batch if self.encode is None else self.encode(batch)
 
     def _note(self, damaged):
         "Name in the log what was not known to be damaged."
@@ -334,7 +344,7 @@ def picture_stream(
     "The stream of a source of stored pictures; a `ValueError` where a batch does not fit into memory."
     members = choose_part(len(source), validation, part)
     numbers = range(len(source)) if members is None else members
-    source = source if members is None else ExamplesOf(source, members)
+    whole, source = source, source if members is None else ExamplesOf(source, members)
     rows = host_rows(batch_size, options.get("host"), options.get("hosts"))
     shape = (rows.stop - rows.start, prepare.image_scale, prepare.image_scale, prepare.channels)
     size = 4 * math.prod(shape)
@@ -344,6 +354,9 @@ def picture_stream(
     data = FileStream(source, prepare, batch_size, threads=threads, **options,
                       name_of=lambda i: name_of(int(numbers[i])))
     data.label_names = label_names
+    if prepare.with_text:
+        texts = whole.all_texts()
+        data.texts = [texts[i] for i in numbers]
     return data
 
 def folder_stream(

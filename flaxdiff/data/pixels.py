@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'TURNS', 'DEEP', 'LUMINANCE', 'open_picture', 'upright', 'deep_colours', 'colours_and_opacity',
-           'to_grey', 'resize_plane', 'compose', 'check_background', 'choose_square', 'square_image', 'PrepareImage']
+           'to_grey', 'resize_plane', 'compose', 'check_background', 'choose_square', 'square_image', 'draw_text',
+           'PrepareImage']
 
 # %% ../../nbs/25_pixels.ipynb #69c7f2ca
 import io
@@ -152,13 +153,24 @@ def square_image(
     return pixels.reshape(size, size, channels) / 127.5 - 1
 
 # %% ../../nbs/25_pixels.ipynb #221b8012
+def draw_text(
+    text,  # a caption, or several
+    rng,  # a NumPy generator
+) -> str:
+    "The caption, or one of several."
+    if isinstance(text, str):
+        return text
+    if rng is None:
+        raise ValueError("rng must be a NumPy generator where a picture has several captions, got None")
+    return text[int(rng.integers(len(text)))]
+
 class PrepareImage:
     "One stored picture as float32 in [-1, 1]: a square of it, resized, with the channels asked for."
     def __init__(self,
                  image_scale,  # height and width
                  channels,  # 1 (grey), 3 (colours), or 2 and 4 with the opacity as the last
                  with_labels=False,  # keep the label
-                 with_text=False,  # keep the caption
+                 with_text=False,  # keep the caption, or one of several
                  crop="centre",  # the middle square, or one at a "random" place
                  background="white",  # behind transparent pixels: a colour's name, or three numbers to 255
                 ):
@@ -166,18 +178,19 @@ class PrepareImage:
         self.channels = check_channels(channels)
         self.with_labels = check_flag("with_labels", with_labels)
         self.with_text = check_flag("with_text", with_text)
-        self.is_random = check_choice("crop", crop, ("centre", "random")) == "random"
+        self.crops_at_random = check_choice("crop", crop, ("centre", "random")) == "random"
+        self.is_random = self.crops_at_random or self.with_text  # of several captions, one is drawn
         self.background = check_background(background)
 
     def __call__(self,
-                 example,  # {"image": bytes of a picture file, "label": a whole number, "text": its caption}
+                 example,  # {"image": bytes of a picture file, "label": a whole number, "text": caption(s)}
                  rng=None,  # a NumPy generator for this example, where `is_random`
                 ):
         "An image (H, W, C), or {image, label, text} of those asked for."
-        if self.is_random and rng is None:
+        if self.crops_at_random and rng is None:
             raise ValueError("rng must be a NumPy generator where crop='random', got None")
         picture = open_picture(example["image"])
-        box = choose_square(picture.size, rng if self.is_random else None)
+        box = choose_square(picture.size, rng if self.crops_at_random else None)
         image = square_image(picture, box, self.image_scale, self.channels, self.background)
         if not self.with_labels and not self.with_text:
             return image
@@ -185,5 +198,5 @@ class PrepareImage:
         if self.with_labels:
             prepared["label"] = np.int32(example["label"])
         if self.with_text:
-            prepared["text"] = example["text"]
+            prepared["text"] = draw_text(example["text"], rng)
         return prepared

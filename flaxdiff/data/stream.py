@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['host_rows', 'EndlessLine', 'machine_memory', 'check_memory', 'check_channels', 'check_pixels', 'ImageStream',
-           'choose_part', 'ExamplesOf', 'load_digits', 'digits_stream', 'keys_kernel', 'middle_square']
+           'choose_part', 'ExamplesOf', 'MixedStream', 'mix_streams', 'load_digits', 'digits_stream', 'keys_kernel',
+           'middle_square']
 
 # %% ../../nbs/24_data.ipynb #fc0ebca4
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,14 @@ class EndlessLine:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
         self.rows = host_rows(batch_size, host, hosts)
         self.position = 0  # examples handed out so far, by all hosts
+        self.label_names: list[str] | None = None  # what the labels mean, where that is known
+        self.texts: Sequence | None = None  # of each example, its caption or captions, if asked for
+        self.encode: Callable[[dict], dict] | None = None  # the last thing done to a batch of a dict, if any
+
+    @property
+    def num_classes(self) -> int | None:
+        "How many different labels there are, where that is known."
+        return None if self.label_names is None else len(self.label_names)
 
     def __iter__(self):
         return self
@@ -151,7 +162,8 @@ class ImageStream(EndlessLine):
         self.images = images
         self.labels = labels
         self.prepare = prepare
-        self.label_names: list[str] | None = None  # what the labels mean, where that is known
+        if "text" in self.columns:
+            self.texts = self.columns["text"][self.members]
         self.damaged = {}  # what could not be read: nothing, of images in memory
         self.shuffled = (-1, self.members)  # an epoch and its order, kept for the next batch
 
@@ -166,7 +178,8 @@ class ImageStream(EndlessLine):
         self.position += self.batch_size
         if not self.columns:
             return images
-        return {"image": images} | {name: values[picked] for name, values in self.columns.items()}
+        batch = {"image": images} | {name: values[picked] for name, values in self.columns.items()}
+        return batch if self.encode is None else self.encode(batch)
 
     def _order(self, epoch):
         "The shuffle of one epoch, made once in it."
@@ -209,6 +222,103 @@ class ExamplesOf:
         "Example i of the part."
         return self.source[int(self.members[i])]
 
+# %% ../../nbs/24_data.ipynb #1aa00a8f
+class MixedStream:
+    "Batches of several streams in turn: batch n is of the source whose arc of the circle holds u₀ + n/φ."
+    def __init__(self,
+                 streams: list,  # with `get_state` and `set_state`
+                 weights: list,  # how often each is asked, in proportion
+                 seed=0,  # of the turns, from 0 to 2³² - 1
+                ):
+        self.streams = streams
+        self.weights = weights
+        self.seed = check_whole("seed", seed)
+        self.arcs = np.cumsum(weights) / np.sum(weights)
+        self.start = np.random.default_rng(self.seed).random()
+        self.position = 0  # batches handed out so far
+        self.keys = None  # of the first batch
+        self.examples = sum(getattr(stream, "examples", 0) for stream in streams)
+        names = [getattr(stream, "label_names", None) for stream in streams]
+        self.label_names = names[0] if all(one == names[0] for one in names) else None
+        self.num_classes = None if self.label_names is None else len(self.label_names)
+
+    def __iter__(self):
+        return self
+
+    def choose(self,
+               n,  # the number of a batch, from 0
+              ) -> int:
+        "Which source batch n is of."
+        u = (self.start + n * (np.sqrt(5) - 1) / 2) % 1
+        return min(int(np.searchsorted(self.arcs, u, side="right")), len(self.streams) - 1)
+
+    def __next__(self):
+        "The next batch of the source whose turn it is; a `ValueError` where it holds other things."
+        batch = next(self.streams[self.choose(self.position)])
+        keys = set(batch) if isinstance(batch, dict) else {"image"}
+        self.keys = self.keys or keys
+        if keys != self.keys or "label" in keys and self.label_names is None:
+            why = "got other label names"
+            if keys != self.keys:
+                why = f"got {sorted(keys)} after {sorted(self.keys)}"
+            raise ValueError(f"streams must all hand out the same things with the same labels, {why}")
+        self.position += 1
+        return batch
+
+    @property
+    def damaged(self):
+        "{(source, index): name} of what could not be read."
+        found = [getattr(stream, "damaged", {}) for stream in self.streams]
+        return {(k, i): name for k, one in enumerate(found) for i, name in one.items()}
+
+    def get_state(self):
+        "Where the mixture and each source are, as plain data: the same on every host."
+        return {"position": self.position, "seed": self.seed, "weights": self.weights,
+                "streams": [stream.get_state() for stream in self.streams]}
+
+    def set_state(self,
+                  state,  # of `get_state`
+                 ):
+        "Go on from there; a `ValueError` for another mixture's state moves nothing."
+        now = self.get_state()
+        parts = state.get("streams") if isinstance(state, dict) else None
+        if not isinstance(parts, list) or len(parts) != len(self.streams) or state != {
+                **now, "position": state.get("position"), "streams": parts}:
+            raise ValueError(f"state must be of a mixture with seed {self.seed} and weights {self.weights}, "
+                             f"got {state}")
+        position = check_whole("the position in state", state["position"])
+        try:
+            for stream, part in zip(self.streams, parts):
+                stream.set_state(part)
+        except ValueError:
+            for stream, part in zip(self.streams, now["streams"]):
+                stream.set_state(part)
+            raise
+        self.position = position
+
+# %% ../../nbs/24_data.ipynb #fb277c37
+def mix_streams(
+    weighted,  # pairs (stream, weight): streams of `get_dataset`, or others with `get_state` and `set_state`
+    seed=0,  # of the turns, from 0 to 2³² - 1
+) -> MixedStream:
+    "One stream out of several, each asked in proportion to its weight."
+    try:
+        pairs = [(stream, weight) for stream, weight in weighted]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"weighted must be a list of pairs (stream, weight), got {weighted!r}") from e
+    if not pairs:
+        raise ValueError("weighted must hold at least one pair (stream, weight), got none")
+    for stream, weight in pairs:
+        for name in ("__next__", "get_state", "set_state"):
+            if not hasattr(stream, name):
+                raise ValueError(f"weighted must hold streams with get_state and set_state, got {stream!r}")
+        if check_real("weight", weight, 0) == 0:
+            raise ValueError(f"weight must be above 0, got {weight!r}")
+    if len({id(stream) for stream, _ in pairs}) < len(pairs):
+        raise ValueError("weighted must hold each stream once")
+    streams = [stream for stream, _ in pairs]
+    return MixedStream(streams, [float(weight) for _, weight in pairs], seed)
+
 # %% ../../nbs/24_data.ipynb #ee4ea21e
 def load_digits(
     image_scale=8,  # height and width
@@ -236,11 +346,13 @@ def digits_stream(
     hosts=None,  # how many hosts there are
     validation=0,  # the share held out, or how many examples
     part="train",  # "train", or "validation" for those held out
+    texts=None,  # a caption for each of all digits
 ) -> ImageStream:
     "The digits as a stream."
     images, targets = load_digits(image_scale, channels)
     members = choose_part(len(images), validation, part)
-    data = ImageStream(images, targets, batch_size, seed, labels, host, hosts, members=members)
+    columns = {} if texts is None else {"text": np.array(texts, object)}
+    data = ImageStream(images, targets, batch_size, seed, labels, host, hosts, columns, members)
     data.label_names = [str(digit) for digit in range(10)]
     return data
 
