@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'write_whole', 'write_text', 'write_json', 'picture_format', 'to_bytes', 'save_grid', 'RunRecord',
-           'run_sampler', 'draw_images', 'is_number', 'as_line', 'run_folder', 'read_summary']
+           'run_sampler', 'picture_condition', 'draw_images', 'is_number', 'as_line', 'run_folder', 'read_summary']
 
 # %% ../../nbs/44_record.ipynb #a19213f6
 import dataclasses
@@ -97,8 +97,10 @@ class RunRecord:
                  out,  # the folder of the run
                  trainer,  # its trainer, perhaps restored
                  progress=False,  # whether to say how long it will take
+                 condition=(),  # of `picture_condition`
                 ):
         self.config = config
+        self.condition = condition
         self.out = Path(out)
         self.trainer = trainer
         self.rows = 0 if progress else math.inf  # of this session
@@ -144,7 +146,7 @@ class RunRecord:
             ):
         "samples/STEP.png, always from the same noise, and levels.png, the loss by noise level."
         self.sampler.params = self.trainer.state.ema_params
-        images = draw_images(self.sampler, self.config)
+        images = draw_images(self.sampler, self.config, self.condition)
         save_grid(self.out / "samples" / f"{step:08d}.png", images)
         self.board.add_image("samples", to_bytes(images), step, dataformats="HWC")
         sums, counts = self.trainer.levels
@@ -167,12 +169,26 @@ def run_sampler(
     return HeunSampler(trainer.model, trainer.state.ema_params, trainer.noise_schedule,
                        trainer.model_output_transform)
 
+def picture_condition(
+    config,  # a `TrainConfig`
+    data,  # its stream
+):
+    "What 64 pictures are asked for: each class in turn, or the captions of the next examples in the data."
+    if config.labels:
+        return {"label": np.arange(64) % config.classes}
+    if config.text is None:
+        return ()
+    place, batch = data.get_state(), next(data)
+    data.set_state(place)
+    rows = np.arange(64) % len(batch["image"])
+    return {name: np.asarray(batch[name])[rows] for name in ("textcontext", "textmask")}
+
 def draw_images(
     sampler,  # of `run_sampler`
     config,  # a `TrainConfig`
+    condition=(),  # of `picture_condition`
 ):
-    "64 images from the run's own noise; of each class in turn, where there are classes."
-    condition = {"label": np.arange(64) % config.classes} if config.labels else ()
+    "64 images from the run's own noise."
     return sampler.generate_images(64, 18, rng=config.seed, conditioning=condition)
 
 def is_number(

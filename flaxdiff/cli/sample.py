@@ -22,10 +22,12 @@ import numpy as np
 
 # %% ../../nbs/45_sample.ipynb #25f9025e
 from . import CommandParser, open_console
+from .request import REQUESTS, add_request, check_asked, draw, make_condition, make_denoiser
 from .train import (build_trainer, check_config, check_memory, data_shape, local_path, make_network,
                                 make_process, picture_format, read_config, run_command, save_grid,
-                                write_whole)
-from ..pretrained import SAMPLERS, PretrainedModel, SizedNetwork, load_model, shipped_models
+                                text_encoder, write_whole)
+from ..network import TrainedModel
+from ..pretrained import SAMPLERS, PretrainedModel, load_model, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
 from ..trainer.checkpoints import load_average
 from ..utils import check_choice, check_positive_int
@@ -69,8 +71,11 @@ def run_model(
     shape, _ = data_shape(config)
     schedule, predictor = make_process(config)
     params, step = read_average(run, checkpoint)
-    network = SizedNetwork(make_network(config, shape[-1]), shape)
-    return PretrainedModel(network, params, schedule, predictor, shape), step
+    encoder = text_encoder(config)
+    null = {} if encoder is None else encoder.null
+    network = TrainedModel(make_network(config, shape[-1]), shape, null)
+    conditions = ("label",) if config.labels else tuple(null)
+    return PretrainedModel(network, params, schedule, predictor, shape, conditions, config.text), step
 
 def open_model(
     source,  # the folder of a run, a folder that `save_model` wrote, or the name of a shipped model
@@ -257,11 +262,8 @@ def sample_parser():
     add("--save", metavar="FILE.npy", help="the images themselves as an array (N, H, W, C) in [-1, 1]")
     add("--grid", choices=list(GRIDS),
         help="how the levels are spaced (default: lambda for solvers that need it, else uniform)")
+    add_request(parser)
     _add_options(parser)
-    add = parser.add_argument_group("not built yet", "accepted by name, and refused").add_argument
-    add("--label", metavar="K", help="class to draw; no run learns classes yet")
-    add("--prompt", metavar="TEXT", help="text to draw; no run learns text yet")
-    add("--guidance", type=float, default=1.0, metavar="W", help="its strength; only 1, which is none")
     return parser
 
 # %% ../../nbs/45_sample.ipynb #77d1caa7
@@ -269,11 +271,7 @@ def check_request(
     args,  # what `sample_parser` made of the flags
 ):
     "A `ValueError` for numbers and paths that cannot be, before anything is loaded."
-    for name, missing in (("label", "labels"), ("prompt", "text prompts")):
-        if getattr(args, name) is not None:
-            raise NotImplementedError(f"--{name} {getattr(args, name)}: {missing} are not built yet")
-    if args.guidance != 1:
-        raise NotImplementedError(f"--guidance {args.guidance}: guidance is not built yet, only 1 (none)")
+    check_asked(args)
     for flag in ("steps", "num"):
         check_positive_int(f"--{flag}", getattr(args, flag))
     if not 0 <= args.seed < 2 ** 32:
@@ -324,14 +322,20 @@ def sample_run(
     model = open_model(args.run, args.checkpoint)
     features = getattr(model.model.module, "feature_depths", (64,))[0]  # of a network that does not say
     check_memory("--num", args.num, model.image_shape, features)
-    sampler = model.sampler(name, **options)
+    asked = args.label is not None or args.prompt is not None
+    guidance = (2.0 if asked else 1.0) if args.guidance is None else args.guidance
+    condition = make_condition(model, args.num, args.label, args.prompt)
+    sampler = SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options)
     grid = choose_grid(args, name, implied_grid, model.noise_schedule)
     _warn(name, args.steps)
-    images = np.asarray(sampler.generate_images(args.num, args.steps, rng=args.seed, grid=GRIDS[grid]))
+    bar = sys.stderr.isatty()
+    images = np.asarray(draw(sampler, args, model.image_shape, condition, GRIDS[grid], bar))
     save_grid(local_path("--out", args.out), images)
     if args.save:
         write_whole(local_path("--save", args.save), lambda partial: partial.write_bytes(_npy(images)))
     chosen = "".join(f", {option}={value}" for option, value in options.items())
+    if asked:
+        chosen += f", guidance {guidance:g}"
     print(f"{args.out}: {args.num} images, {name}{chosen}, {args.steps} levels, {grid} grid")
 
 def sample_main(
@@ -340,5 +344,5 @@ def sample_main(
     "flaxdiff-sample: see `--help`."
     open_console()
     args = sample_parser().parse_args(argv)
-    flags = {"sampler", "checkpoint", *OPTIONS}
+    flags = {"sampler", "checkpoint", *OPTIONS, *REQUESTS}
     run_command("flaxdiff-sample", flags, lambda: sample_run(args))

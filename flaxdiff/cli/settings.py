@@ -61,6 +61,8 @@ class TrainConfig:
     validation: float = 0.0  # share of the examples held out, on which the loss is measured
     labels: bool = False  # train with the labels of the data set, so that one can ask for a class
     classes: int | None = None  # how many there are; by default as many as the data set names
+    text: str | None = None  # train with the captions, read by this encoder: letters, minilm or clip:PATH
+    condition_dropout: float = 0.1  # share of the examples whose label or caption is left out, for guidance
     data_dir: str | None = None  # the folder of TensorFlow data sets, if it is not theirs
     max_damaged: int | None = None  # unreadable examples that stop no run; by default 1 in 100, at least 10
 
@@ -111,7 +113,7 @@ TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedu
 KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"), bool: (bool, "true or false"),
          str: (str, "a text"), tuple: ((tuple, list), "a list")}
 MAY_BE_ZERO = ("seed", "attention_levels", "warmup", "max_damaged", "ema_decay", "augment", "validation",
-               "optimizer_start")
+               "optimizer_start", "condition_dropout")
 
 def kind_of(
     annotation,  # of a field of `TrainConfig`
@@ -154,6 +156,10 @@ def check_config(
     for width in config.ema_profiles:
         check_real("ema_profiles", width, 0, ends="(]")
     check_real("validation", config.validation, 0, 0.5)
+    check_real("condition_dropout", config.condition_dropout, 0, 1)
+    if config.labels and config.text is not None:
+        raise ValueError(f"text must be left out where labels are trained with, got text={config.text!r}: "
+                         "a run learns one of the two")
     if config.seed >= 2 ** 32:
         raise ValueError(f"seed must be a whole number from 0 to 4294967295, got {config.seed}")
     most = config.steps - config.optimizer_start

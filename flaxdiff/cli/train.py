@@ -26,9 +26,9 @@ from jax.experimental import multihost_utils
 from ..checkpoints import CheckpointError, fingerprint
 from . import open_console
 from .cost import (check_fits, check_memory, data_shape, describe_cost, least_bytes,
-                               machine_memory, make_network, make_process, measure_cost)
-from .record import (PICTURES, RunRecord, draw_images, is_number, picture_format, read_summary,
-                                 run_folder, run_sampler, save_grid, to_bytes, write_json, write_text,
+                               machine_memory, make_network, make_process, measure_cost, text_encoder)
+from .record import (PICTURES, RunRecord, draw_images, is_number, picture_condition,
+                                 picture_format, read_summary, run_folder, run_sampler, save_grid, to_bytes, write_json, write_text,
                                  write_whole)
 # Some only for programs that look for them here, where they once stood.
 from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZERO, PREDICTORS,
@@ -77,6 +77,8 @@ def open_data(
         size, channels = config.image_size, config.channels
     data_dir = None if config.data_dir is None else str(local_path("data_dir", config.data_dir))
     options = {"validation": config.validation, "part": part} if config.validation else {}
+    if config.text is not None:
+        options["encoder"] = text_encoder(config)
     return get_dataset(name, config.batch_size, size, channels=channels, seed=config.seed,
                        labels=config.labels, data_dir=data_dir, max_damaged=config.max_damaged, **options)
 
@@ -95,7 +97,12 @@ def held_out(
 def _zeros(config):
     "A batch of the right shape, this host's share."
     images = np.zeros((config.batch_size // jax.process_count(), *data_shape(config)[0]), np.float32)
-    return {"image": images, "label": np.zeros(len(images), np.int32)} if config.labels else images
+    if config.labels:
+        return {"image": images, "label": np.zeros(len(images), np.int32)}
+    encoder = text_encoder(config)
+    if encoder is None:
+        return images
+    return {"image": images} | {name: np.stack([rows] * len(images)) for name, rows in encoder.null.items()}
 
 def build_trainer(
     config,  # a `TrainConfig`
@@ -106,6 +113,7 @@ def build_trainer(
     shape, sigma_data = data_shape(config)
     check_memory("batch_size", config.batch_size, shape, config.features[0])
     schedule, predictor = make_process(config)
+    encoder = text_encoder(config)
     trainer: typing.Any = DiffusionTrainer(
         make_network(config, shape[-1]), make_optimizer(config), schedule, config.seed, config.dataset,
         model_output_transform=predictor, ema_decay=config.ema_decay, ema_profiles=config.ema_profiles,
@@ -113,6 +121,8 @@ def build_trainer(
         time_density=uniform_log_snr(schedule) if config.loss == "elbo" else None,
         uncertainty=LearnedUncertainty() if config.uncertainty else None,
         flip=config.flip, augment=config.augment, how=config.how, fsdp=config.fsdp,
+        condition_dropout=config.condition_dropout if config.labels or encoder else None,
+        null_condition=None if encoder is None else encoder.null,
         accumulate=config.accumulate, steps_per_dispatch=config.steps_per_dispatch,
         max_skipped=config.max_skipped,
         checkpoint_dir=None if run is None else Path(run) / "checkpoints",
@@ -129,7 +139,7 @@ def _settle(config, data):
     if data_kind(config.dataset) in AS_STORED and None in (config.image_size, config.channels):
         place, batch = data.get_state(), next(data)
         data.set_state(place)
-        _, size, _, channels = np.shape(batch["image"] if config.labels else batch)
+        _, size, _, channels = np.shape(batch["image"] if isinstance(batch, dict) else batch)
         config = dataclasses.replace(config, image_size=size, channels=channels)
     return config
 
@@ -184,15 +194,17 @@ def train_run(
         config = TrainConfig(**trainer.config)  # with all that the data have decided
         if done > config.steps:
             raise ValueError(f"steps must be at least {done}, which the run has made, got {config.steps}")
-        with trainer.run_checkpoints, _begin_record(config, out, trainer, datalen, done, progress) as record:
+        condition = picture_condition(config, data)
+        with (trainer.run_checkpoints,
+              _begin_record(config, out, trainer, datalen, done, progress, condition) as record):
             if done < config.steps and not preemption.raised:
                 _fit(trainer, data, config, done, progress, record)
         if trainer.preempted or preemption.raised:
             return None
-        return _finish_run(trainer, config, out, started)
+        return _finish_run(trainer, config, out, started, condition)
 
 # %% ../../nbs/41_train.ipynb #0ea9a2a1
-def _begin_record(config, out, trainer, datalen, done, progress):
+def _begin_record(config, out, trainer, datalen, done, progress, condition):
     "The `RunRecord` of the first host, after what is said before a run begins."
     if jax.process_index() > 0:
         return contextlib.nullcontext()
@@ -200,7 +212,7 @@ def _begin_record(config, out, trainer, datalen, done, progress):
         resumed = f", resumed at step {done}" if done else ""
         print(_describe(trainer, datalen) + resumed, describe_cost(measure_cost(config), config, done),
               sep="\n", flush=True)
-    record = RunRecord(config, out, trainer, progress)
+    record = RunRecord(config, out, trainer, progress, condition)
     write_json(out / "config.json", dataclasses.asdict(config))
     (out / "summary.json").unlink(missing_ok=True)  # of the run before it was made longer
     return contextlib.closing(record)
@@ -235,14 +247,14 @@ def _summarise(trainer, started):
     held = [row["validation_loss"] for row in history if is_number(row.get("validation_loss"))]
     return {**summary, "validation_loss": held[-1]} if held else summary
 
-def _finish_run(trainer, config, out, started):
+def _finish_run(trainer, config, out, started, condition):
     "Write what a run leaves beside its checkpoints, summary.json last."
     summary = _summarise(trainer, started)
     if jax.process_index() > 0:
         return summary
     rows = "".join(f"{i + 1},{loss!r}\n" for i, loss in enumerate(trainer.losses))
     write_text(out / "losses.csv", "step,loss\n" + rows)
-    save_grid(out / "samples.png", draw_images(run_sampler(trainer), config))
+    save_grid(out / "samples.png", draw_images(run_sampler(trainer), config, condition))
     write_json(out / "summary.json", summary)
     return summary
 
