@@ -6,7 +6,7 @@
 __all__ = ['REQUESTS', 'parse_labels', 'add_request', 'check_asked', 'null_of', 'encode_prompts', 'make_condition',
            'make_denoiser', 'read_picture', 'draw']
 
-# %% ../../nbs/69_request.ipynb #77de09fa
+# %% ../../nbs/69_request.ipynb #0ffc55bf
 import argparse
 import io
 from typing import Any
@@ -20,7 +20,7 @@ from ..guidance import ClassifierFreeGuidance
 from ..text import load_text_encoder
 from ..utils import check_real
 
-# %% ../../nbs/69_request.ipynb #bab27688
+# %% ../../nbs/69_request.ipynb #50410737
 def parse_labels(
     text,  # of a flag: 7, or 0,3,9
 ):
@@ -54,7 +54,7 @@ def add_request(
 
 REQUESTS = ("label", "prompt", "negative", "guidance", "init", "strength", "mask", "method")  # those flags
 
-# %% ../../nbs/69_request.ipynb #a69de3e0
+# %% ../../nbs/69_request.ipynb #9258e5bf
 def check_asked(
     args,  # what the parser made of the flags
 ):
@@ -80,7 +80,7 @@ def check_asked(
         if args.mask is not None:
             raise ValueError("strength must be left out where mask is given: a hole is filled from noise alone")
 
-# %% ../../nbs/69_request.ipynb #fb5bfe8d
+# %% ../../nbs/69_request.ipynb #44631210
 def null_of(
     model,  # a `PretrainedModel`
 ):
@@ -94,7 +94,10 @@ def encode_prompts(
     "What its own encoder says; a `ValueError` where it has none."
     if model.encoder is None:
         raise ValueError("prompt must be left out: this model was trained without text")
-    return load_text_encoder(model.encoder)(texts)
+    try:
+        return load_text_encoder(model.encoder)(texts)
+    except ValueError as e:
+        raise ValueError(f"prompt cannot be read: {e}") from None
 
 def make_condition(
     model,  # a `PretrainedModel`
@@ -129,7 +132,7 @@ def make_denoiser(
         null.update({name: rows[0] for name, rows in encode_prompts(model, [negative]).items()})
     return ClassifierFreeGuidance(model.denoiser, null, guidance)
 
-# %% ../../nbs/69_request.ipynb #19d51551
+# %% ../../nbs/69_request.ipynb #ee011126
 def read_picture(
     name,  # of the flag
     path,  # of a picture file
