@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdiff.models import init_network, layers
+from flaxdiff.models import layers
 from flaxdiff.models.layers import GroupNorm, LabelEmbedding, attention, attention_in_blocks, attention_kind, plain_attention
 from flaxdiff.models.simple_unet import (AttentionBlock, Downsample, FouriedEmbedding, FourierEmbedding, ResidualBlock, SimpleUNet,
                                          TimeEmbedding, Unet, Upsample)
@@ -531,43 +531,32 @@ def test_a_label_that_there_is_not_has_no_row():
     assert np.isfinite(rows).all(1).tolist() == [True, True, True, False, False] and len({tuple(r) for r in np.asarray(rows[:3])}) == 3
 
 
-# Fresh parameters
+# Dropout
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_init_network_gives_the_bits_of_init(impl):
-    "Every layer and option; from arrays, or from shapes alone."
-    model, (x, temb), key = SimpleUNet(**TINY, num_classes=3), inputs(), jax.random.key(7, impl=impl)
-    options = dict(augment=np.zeros((2, 9), np.float32), label=np.array([1, 2]), textmask=np.ones((2, 3), bool))
-    due = jax.jit(model.init)(key, x, temb, with_text(), **options)
-    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), ((x, temb, with_text()), options))
-    for args, kwargs in (((x, temb, with_text()), options), shapes):
-        got = init_network(model, key, *args, **kwargs)
-        assert jax.tree.structure(got) == jax.tree.structure(due)
-        jax.tree.map(np.testing.assert_array_equal, got, due)
-        assert all(isinstance(p, jax.Array) for p in jax.tree.leaves(got))
-
-
-def test_init_network_takes_other_networks():
-    "One that is no module of Flax, one that reads a flag, and one whose statistics are no parameters."
-    class Other:
-        def init(self, key, x, temb): return {"w": jax.random.normal(key, x.shape[-1:])}
-
-    class Flagged(nn.Module):
-        @nn.compact
-        def __call__(self, x, temb, train=True):
-            h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-            h = nn.Dropout(0.5, deterministic=not train)(h)
-            return nn.Dense(x.shape[-1])(h) if train else h
-
-    class FromData(nn.Module):
-        @nn.compact
-        def __call__(self, x, temb): return x - self.param("mean", lambda key: jnp.mean(x))
+def test_dropout_is_for_training_alone():
+    "Without `train` nothing is left out; with it a key decides, the mean over keys is the network without, and parameters keep their names."
     x, temb = inputs()
-    key = jax.random.PRNGKey(3)
-    for model, rngs, options in ((Other(), key, {}), (Flagged(), {"params": key, "dropout": key}, {"train": True}), (Flagged(), key, {"train": False}), (FromData(), key, {})):
-        due, got = jax.jit(lambda rngs: model.init(rngs, x, temb, **options))(rngs), init_network(model, rngs, x, temb, **options)
-        assert jax.tree.structure(got) == jax.tree.structure(due)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, due)
+    plain, dropping = SimpleUNet(**TINY), SimpleUNet(**TINY, dropout=0.5)
+    params = random_params(jax.eval_shape(plain.init, jax.random.PRNGKey(0), x, temb))
+    assert jax.tree.structure(jax.eval_shape(dropping.init, jax.random.PRNGKey(0), x, temb)) == jax.tree.structure(params)
+    np.testing.assert_array_equal(dropping.apply(params, x, temb), plain.apply(params, x, temb))
+    run = jax.jit(lambda key: dropping.apply(params, x, temb, train=True, rngs={"dropout": key}))
+    a, b, again = (run(jax.random.key(i)) for i in (0, 1, 0))
+    np.testing.assert_array_equal(a, again)
+    assert np.abs(a - b).max() > 1e-3
+    for bad in (1.0, -0.1, np.nan, "a tenth"):
+        with pytest.raises(ValueError, match="dropout"): SimpleUNet(**TINY, dropout=bad)
+
+
+def test_a_block_drops_what_comes_before_its_last_convolution():
+    "The mean over many keys is the block without dropout: what is dropped goes through a linear map alone."
+    x, temb = (np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate(((1, 4, 4, 8), (1, 16))))
+    block = layers.ResidualBlock(8, norm_groups=4, dropout=0.3)
+    params = random_params(jax.eval_shape(layers.ResidualBlock(8, norm_groups=4).init, jax.random.PRNGKey(0), x, temb))
+    due = layers.ResidualBlock(8, norm_groups=4).apply(params, x, temb)
+    many = jax.jit(jax.vmap(lambda key: block.apply(params, x, temb, rngs={"dropout": key})))(jax.random.split(jax.random.key(0), 4000))
+    error = np.abs(np.mean(many, 0) - due).max() / (np.std(many, 0).max() / np.sqrt(4000))
+    assert error < 5, "in standard errors, of 128 numbers"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ DRAW = "--steps 3 --num 4".split()
 def runs(tmp_path_factory):
     "{'labels', 'text', 'none'}: the folders of three tiny runs."
     home = tmp_path_factory.mktemp("asked")
-    flags = {"labels": ["--labels"], "text": ["--text", "letters,tokens=12", "--condition-dropout", "0.2"], "none": []}
+    flags = {"labels": ["--labels", "--dropout", "0.1"], "text": ["--text", "letters,tokens=12", "--condition-dropout", "0.2"], "none": []}
     for name, extra in flags.items(): train_main([*FLAGS, *extra, "--out", str(home / name)])
     return {name: home / name for name in flags}
 

@@ -39,7 +39,7 @@ def make_network(
     if config.text is not None and not levels:
         raise ValueError("attention_levels must be 1 or more to read text, got 0")
     return SimpleUNet(channels, config.emb_features, config.features, attention, config.res_blocks,
-                      norm_groups=8, dtype=dtype, remat=config.remat, **options)
+                      norm_groups=8, dtype=dtype, remat=config.remat, dropout=config.dropout, **options)
 
 def text_encoder(
     config,  # a `TrainConfig`

@@ -81,6 +81,7 @@ class TrainConfig:
     heads: int = 4  # heads of each attention
     res_blocks: int = 1  # residual blocks at each resolution
     emb_features: int = 128  # length of the time embedding
+    dropout: float = 0.0  # share of the numbers left out in each residual block, in training
 
     schedule: str = "edm"  # noise schedule
     predictor: str = "edm"  # what the network's output means
@@ -113,7 +114,7 @@ TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedu
 KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"), bool: (bool, "true or false"),
          str: (str, "a text"), tuple: ((tuple, list), "a list")}
 MAY_BE_ZERO = ("seed", "attention_levels", "warmup", "max_damaged", "ema_decay", "augment", "validation",
-               "optimizer_start", "condition_dropout")
+               "optimizer_start", "condition_dropout", "dropout")
 
 def kind_of(
     annotation,  # of a field of `TrainConfig`
@@ -157,6 +158,7 @@ def check_config(
         check_real("ema_profiles", width, 0, ends="(]")
     check_real("validation", config.validation, 0, 0.5)
     check_real("condition_dropout", config.condition_dropout, 0, 1)
+    check_real("dropout", config.dropout, 0, 1, ends="[)")
     if config.labels and config.text is not None:
         raise ValueError(f"text must be left out where labels are trained with, got text={config.text!r}: "
                          "a run learns one of the two")
@@ -193,8 +195,8 @@ RECIPES: dict[str, dict[str, typing.Any]] = {
                     ema_decay=0.99, flip=True),
     "photos64": dict(features=(128, 256, 256, 256), res_blocks=4, attention_levels=3, emb_features=512,
                      batch_size=256, steps=781_250, learning_rate=2e-4, warmup=39_062, decay="constant",
-                     ema_decay=0.99965, augment=0.15, checkpoint_every=5000, sample_every=5000,
-                     evaluate_every=5000, report_every=100),
+                     ema_decay=0.99965, augment=0.15, dropout=0.05, checkpoint_every=5000,
+                     sample_every=5000, evaluate_every=5000, report_every=100),
     "photos128": dict(features=(256, 256, 512, 768, 1024), res_blocks=2, attention_levels=4,
                       emb_features=1024, batch_size=256, steps=4_360_000, learning_rate=1e-4, warmup=0,
                       decay="constant", ema_decay=0.9999, flip=True, dtype="bfloat16",

@@ -1,4 +1,4 @@
 """Networks."""
-from .simple_unet import SimpleUNet, Unet, init_network
+from .simple_unet import SimpleUNet, Unet
 
-__all__ = ["SimpleUNet", "Unet", "init_network"]
+__all__ = ["SimpleUNet", "Unet"]

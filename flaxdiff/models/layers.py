@@ -154,6 +154,7 @@ class ResidualBlock(nn.Module):
     features: int  # channels out
     norm_groups: int = 32  # at most so many groups
     dtype: Any = None  # of the computation
+    dropout: float = 0.0  # share of the numbers before the last convolution that are left out
 
     @nn.compact
     def __call__(self,
@@ -165,6 +166,8 @@ class ResidualBlock(nn.Module):
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype)(h)
         scale, shift = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype)(temb), 2, -1)
         h = nn.swish(group_norm(self.features, self.norm_groups, self.dtype)(h, scale, shift))
+        if self.dropout:
+            h = nn.Dropout(self.dropout, deterministic=False)(h)
         h = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(h)
         if x.shape[-1] != self.features:
             dot_general = by_backend(matmul_of_rows, jax.lax.dot_general)
