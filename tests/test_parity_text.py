@@ -79,3 +79,56 @@ def test_half_precision_is_read_as_float32(tmp_path):
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         compare(load_text_encoder(f"bert:{tmp_path}"), model.float(), tokenizer)
+
+
+# ---------------------------------------------------------------- CLIP
+
+def clip_tokenizer():
+    "CLIP's own tokenizer of transformers, with a small list of merges."
+    alphabet = sorted(__import__("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("i", "n"), ("in", "g</w>")]
+    vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={token: n for n, token in enumerate(vocabulary)}, merges=merges)
+
+
+def clip_settings(tokenizer, **changes):
+    return dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, initializer_factor=4.0,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **changes)
+
+
+SHORT = [sentence[:40] for sentence in SENTENCES]
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("whole", [False, True], ids=["CLIPTextModel", "CLIPModel"])
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_small_clips(activation, whole, pad, tmp_path):
+    from flaxdiff.text.clip import vectors_at_end
+    tokenizer = clip_tokenizer()
+    tokenizer.pad_token = pad
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(**clip_settings(tokenizer, hidden_act=activation))
+    if whole:
+        vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=16)
+        transformers.CLIPModel(transformers.CLIPConfig(text_config=config.to_dict(), vision_config=vision)).save_pretrained(tmp_path)
+    else: transformers.CLIPTextModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = transformers.CLIPTextModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert np.std(model.encoder.layers[0].mlp.fc1.weight.detach().numpy()) > 0.05
+    encoder = load_text_encoder(f"clip:{tmp_path}")
+    assert (encoder.tokens, encoder.features) == (77, 64)
+    got, pooled = compare(encoder, model, tokenizer, SHORT)
+    np.testing.assert_allclose(vectors_at_end(**got), pooled, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14"])
+def test_clips_of_the_published_sizes(name, tmp_path):
+    "Two layers of the real width, heads and length: all layers are alike."
+    from flaxdiff.text.clip import clip_shapes
+    shape, tokenizer = clip_shapes[name], clip_tokenizer()
+    torch.manual_seed(0)
+    settings = {**clip_settings(tokenizer), "hidden_size": shape["features"], "intermediate_size": shape["hidden"], "num_attention_heads": shape["heads"], "num_hidden_layers": 2,
+                "initializer_factor": 1.0}
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    compare(load_text_encoder(tmp_path), transformers.CLIPTextModel.from_pretrained(tmp_path), tokenizer, SHORT)

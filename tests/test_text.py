@@ -164,10 +164,11 @@ def small_tokenizer(kind, folder):
         tokenizer.enable_truncation(5)  # as real files ask for; it must be switched off
         tokenizer.enable_padding(length=7)
     else:
-        tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        trainer = trainers.BpeTrainer(vocab_size=160, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-        tokenizer.train_from_iterator(corpus, trainer)
+        letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), [("t", "h"), ("th", "e</w>"), ("s", "e"), ("se", "v"), ("e", "n</w>"), ("sev", "en</w>")]
+        vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+        tokenizer = tokenizers.Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
         first, last = "<|startoftext|>", "<|endoftext|>"
     marks = [(mark, tokenizer.token_to_id(mark)) for mark in (first, last)]
@@ -215,7 +216,7 @@ def write_folder(kind, folder, prefix="", **changes):
     return config, tensors
 
 
-@pytest.fixture(scope="module", params=["bert"])
+@pytest.fixture(scope="module", params=["bert", "clip"])
 def small(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / request.param
     return request.param, folder, *write_folder(request.param, folder)
@@ -285,7 +286,6 @@ def test_too_long_for_the_network(small):
 @pytest.mark.parametrize("prefix", ["bert.", "text_model."])
 def test_a_prefix_is_taken_off(prefix, tmp_path):
     kind = {"bert.": "bert", "text_model.": "clip"}[prefix]
-    if kind not in text_encoders: pytest.skip("later")
     config, tensors = write_folder(kind, tmp_path / "a")
     from safetensors.numpy import save_file
     shutil.copytree(tmp_path / "a", tmp_path / "b")  # another one would get another tokenizer
@@ -325,7 +325,7 @@ def break_folder(folder, what):
 
 
 FAULTS = {"no weights": "must hold a model.safetensors", "pickle": "pytorch_model.bin is not read", "pointer": "Git LFS", "cut short": "cannot be read as safetensors",
-          "no config": "config.json", "bad config": "config.json", "no type": "model_type", "silent config": "must say hidden_size", "other type": "roberta",
+          "no config": "config.json", "bad config": "config.json", "no type": "model_type", "silent config": "must say hidden_size|has shape", "other type": "roberta",
           "other activation": "hidden_act.*mish", "more layers": "must hold 'encoder", "fewer layers": "hold 'encoder.*more than config.json promises", "wider": "has shape",
           "heads": "num_attention_heads", "smaller table": "do not belong together", "missing": "must hold '", "no tokenizer": "tokenizer.json",
           "bad tokenizer": "cannot be read as a tokenizer", "no marks": "mark at both ends"}
@@ -371,3 +371,59 @@ def test_minilm():
     mean = lambda texts: [(c[m].mean(0)) / np.linalg.norm(c[m].mean(0)) for c, m in zip(*encoder(texts).values())]
     red, crimson, car = mean(["a red apple", "a crimson fruit", "a fast car"])
     assert red @ crimson > red @ car + 0.2
+
+
+# ---------------------------------------------------------------- CLIP alone
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    write_folder("clip", folder)
+    return folder
+
+
+def test_tokens_look_back_only(clip_folder):
+    encoder = load_text_encoder(clip_folder)
+    one, two = encoder(["a red seven here", "a red three here"])["textcontext"]
+    tokens, _ = encoder.tokenize(["a red seven here", "a red three here"])
+    first = int(np.argmax(tokens[0] != tokens[1]))
+    assert first > 3 and np.array_equal(one[:first], two[:first]) and (np.abs(one - two).max(-1)[first:] > 1e-4).all()
+
+
+def test_vectors_at_end(clip_folder):
+    from flaxdiff.text.clip import vectors_at_end
+    encoder = load_text_encoder(clip_folder)
+    out = encoder(TEXTS)
+    tokens, mask = encoder.tokenize(TEXTS)
+    end = tokens[0][mask[0]][-1]
+    want = [out["textcontext"][b, np.argmax(tokens[b] == end)] for b in range(len(TEXTS))]
+    assert np.array_equal(vectors_at_end(**out), want)
+
+
+def test_clips_padding_token(clip_folder, tmp_path):
+    from flaxdiff.text.clip import padding_token, read_tokenizer
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    tokenizer = read_tokenizer(folder)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert padding_token(folder, tokenizer) == end == load_text_encoder(folder).tokenize(["a"])[0][0, -1]
+    for named, want in (("!", "!"), ({"content": "!"}, "!"), (None, "<|endoftext|>"), ("no such", "<|endoftext|>")):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": named}))
+        assert padding_token(folder, tokenizer) == tokenizer.token_to_id(want)
+
+
+def test_the_text_half_of_a_whole_clip(clip_folder, tmp_path):
+    "Its settings lie under text_config; what old files leave out is as in ViT-B/32."
+    from flaxdiff.text.clip import Clip, clip_shapes, read_clip
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    wrong = {**config, "hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": wrong, "text_config_dict": {"hidden_act": "quick_gelu"}, "vision_config": {"hidden_size": 9}}))
+    same(load_text_encoder(folder)(TEXTS), load_text_encoder(clip_folder)(TEXTS))
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": {}}))
+    with pytest.raises(ValueError, match="has shape .* promises .*512"): read_clip(folder)
+    sizes = {}
+    for name, shape in clip_shapes.items():
+        shapes = jax.eval_shape(Clip(**shape).init, jax.random.key(0), jnp.zeros((1, 77), int), jnp.ones((1, 77), bool))
+        sizes[name] = sum(np.prod(v.shape) for v in jax.tree.leaves(shapes))
+    assert sizes == {"ViT-B/32": 63_165_952, "ViT-L/14": 123_060_480}, "as published"
+    assert Clip() == Clip(**clip_shapes["ViT-B/32"])

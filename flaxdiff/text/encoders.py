@@ -7,7 +7,7 @@ __all__ = ['begin_mark', 'end_mark', 'text_encoders', 'hash_numbers', 'pieces_of
            'embed_letters', 'check_texts', 'TextEncoder', 'full_name', 'load_letters', 'read_config', 'parse_name',
            'load_text_encoder', 'encode_in_batches']
 
-# %% ../../nbs/62_text.ipynb #e1f2e8f3
+# %% ../../nbs/62_text.ipynb #d37ae050
 import hashlib
 import inspect
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..utils import check_flag, check_positive_int, check_whole
 
-# %% ../../nbs/62_text.ipynb #83d26d4c
+# %% ../../nbs/62_text.ipynb #9c13262e
 @lru_cache(maxsize=20_000)
 def hash_numbers(
     thing: bytes,  # what to hash
@@ -55,7 +55,7 @@ def letters_vector(
     vector.setflags(write=False)
     return vector
 
-# %% ../../nbs/62_text.ipynb #77ee9dd1
+# %% ../../nbs/62_text.ipynb #d4bc877c
 begin_mark, end_mark = b"\x02", b"\x03"
 
 def split_letters(
@@ -76,7 +76,7 @@ def embed_letters(
         context[b, m] = letters_vector(bytes(tokens[b, m]), int(m), features)
     return context
 
-# %% ../../nbs/62_text.ipynb #2e1108fe
+# %% ../../nbs/62_text.ipynb #07c7bfbc
 def check_texts(
     texts: Any,  # a list, tuple or array of str
 ) -> list[str]:
@@ -94,7 +94,7 @@ def check_texts(
             raise ValueError(f"texts must be Unicode, got half a surrogate pair at place {i}: {text!r}")
     return [str(text) for text in texts]
 
-# %% ../../nbs/62_text.ipynb #32b2edf8
+# %% ../../nbs/62_text.ipynb #99ad048a
 class TextEncoder:
     "`encoder(texts) -> {textcontext: (B, M, E), textmask: (B, M)}`: cut into tokens, pad to M, embed."
     def __init__(self,
@@ -154,7 +154,7 @@ class TextEncoder:
         self.truncated += 1
         return row[:self.tokens - 1] + row[-1:]
 
-# %% ../../nbs/62_text.ipynb #0ca9cdde
+# %% ../../nbs/62_text.ipynb #2c2a263f
 def full_name(
     base: str,  # the encoder
     **options: tuple,  # option=(its value, its usual value)
@@ -176,7 +176,7 @@ def load_letters(
     embed = partial(embed_letters, features=features)
     return TextEncoder(name, split_letters, embed, b"", tokens, features, truncate)
 
-# %% ../../nbs/62_text.ipynb #e321ac2c
+# %% ../../nbs/62_text.ipynb #721c44af
 text_encoders: dict[str, Callable[..., TextEncoder]] = {"letters": load_letters}  # name -> its loader
 
 def read_config(
@@ -208,7 +208,7 @@ def parse_name(
             raise ValueError(f"{base!r} holds a model of type {kind!r}; the types read are bert and clip")
     return kind, path, options
 
-# %% ../../nbs/62_text.ipynb #b5e74d10
+# %% ../../nbs/62_text.ipynb #28f69f41
 def load_text_encoder(
     name: Any,  # "letters", "minilm", "bert:PATH", "clip:PATH" or a folder's path; options after a comma
     **options: Any,  # tokens, truncate, and what else this encoder takes
@@ -227,7 +227,7 @@ def load_text_encoder(
         raise ValueError(f"name={str(name)!r} does not take the options {', '.join(options)}: {e}") from e
     return loader(path, **options)
 
-# %% ../../nbs/62_text.ipynb #7a027bbb
+# %% ../../nbs/62_text.ipynb #712c0495
 def encode_in_batches(
     encoder: Callable[[list[str]], dict[str, Any]],  # texts -> {key: (B, …)}
     texts: list[str],  # as many as you like
