@@ -303,6 +303,9 @@ def read_ahead(
     reading = grain.ReadOptions(num_threads=each, prefetch_buffer_size=2 * each)
     ahead = grain.MapDataset.source(BatchesFrom(batches, first)).to_iter_dataset(reading)
     if workers:
+        from absl import flags
+        if not flags.FLAGS.is_parsed():  # grain's processes ask absl's flags, which no one may have parsed
+            flags.FLAGS.mark_as_parsed()
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(ahead)
 
