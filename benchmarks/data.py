@@ -3,7 +3,8 @@
     python benchmarks/data.py [--windows 7] [--batch-size 128]
 
 Prints the median over windows of images/s and of CPU time an image (all threads; it does not suffer from other work on the machine).
-A window is as many batches as there are threads; what was made ready before the first is not counted. The pictures are JPEG files of
+A window is as many batches as there are threads; what was made ready before the first is not counted. CPU time is this process's own: that of
+processes which read is not in it. The pictures are JPEG files of
 some 400 × 500 pixels, cut from the two photographs of scikit-learn, in a folder and as a TFDS data set, which needs TensorFlow to be written.
 """
 import argparse
@@ -90,6 +91,13 @@ def main(windows, B):
             report(f"{kind}, JPEG of {size / 1e3:.0f} kB, 64×64", rates(lambda: next(data), B, windows, THREADS, 2 * THREADS + THREADS))
             assert not data.damaged
             del data
+        for workers in (1, THREADS):
+            data, _ = get_dataset(f"folder:{folder / 'pictures'}", B, 64, workers=workers)
+            report(f"folder, by {workers} process{'es' * (workers > 1)}", rates(lambda: next(data), B, windows, THREADS, 3 * THREADS))
+            del data
+        data, _ = get_dataset(f"folder:{folder / 'pictures'}", B, 64, crop="bucket")
+        report("folder, in buckets of some 64² pixels", rates(lambda: next(data), B, windows, 5 * THREADS, 15 * THREADS))
+        del data
     keys = jax.random.split(jax.random.PRNGKey(0), B)
     for shape in ((8, 8, 1), (64, 64, 3)):
         images, augment = jax.random.uniform(jax.random.PRNGKey(1), (B, *shape)), jax.jit(jax.vmap(augment_image))

@@ -24,6 +24,7 @@ from sklearn import datasets
 
 from flaxdiff.data import arrays, captions, stream
 from flaxdiff.data import folder as folder_module
+from flaxdiff.data import pixels as module_pixels
 from flaxdiff.data import tfds as module
 from flaxdiff.data import (FileStream, ImageFolder, ImageStream, PrepareImage, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
                            draw_augmentation, get_dataset, load_digits, prefetch_to_device, warp_image)
@@ -1699,3 +1700,91 @@ def test_states_and_parts_of_mixtures_that_do_not_fit():
     with pytest.raises(ValueError, match="^seed must"): stream.mix_streams([(data, 1)], seed=-1)
     odd = stream.mix_streams([(get_dataset("digits")[0], 1), (get_dataset("digits", labels=True)[0], 1)])
     with pytest.raises(ValueError, match="^streams must all hand out the same"): take(odd, 4)
+
+
+# ---- processes that read, and batches of other shapes
+
+def test_processes_read_the_same_stream_to_the_bit_count_damage_and_go_on(pictures, tmp_path):
+    import shutil
+    shutil.copytree(pictures, tmp_path / "p")
+    (tmp_path / "p" / "cats" / "00.png").write_bytes(b"no picture")
+    def open(**rest): return get_dataset(f"folder:{tmp_path / 'p'}", 6, 8, labels=True, captions=True, crop="random", seed=2, **rest)[0]
+    alone, shared = open(threads=2), open(threads=2, workers=2)
+    due = take(alone, 12)
+    for a, b in zip(take(shared, 12), due): assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b)
+    assert shared.damaged == alone.damaged != {} and shared.reasons.keys() == alone.reasons.keys() and shared.get_state() == alone.get_state()
+    shared.set_state({**shared.get_state(), "position": 5 * 6})  # an odd number: another process begins
+    for a, b in zip(take(shared, 7), due[5:]): assert all(np.array_equal(a[k], b[k]) for k in b)
+    with pytest.raises(ValueError, match="damaged"): take(open(workers=2, max_damaged=0), 6)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, True, "2", None])
+def test_workers_are_a_number(pictures, bad):
+    for name in (f"folder:{pictures}", "digits"):
+        with pytest.raises(ValueError, match="^workers must be a whole number"): get_dataset(name, workers=bad)
+    with pytest.raises(ValueError, match="^workers must be 0 for name='digits'"): get_dataset("digits", workers=1)
+
+
+def test_bucket_shapes_hold_as_many_pixels():
+    for side in (32, 64, 128, 256):
+        shapes = module_pixels.bucket_shapes(side)
+        assert len(shapes) == 5 and (side, side) in shapes and all(h % 8 == 0 == w % 8 for h, w in shapes)
+        assert all(abs(h * w / side ** 2 - 1) < 0.2 for h, w in shapes) and sorted((w, h) for h, w in shapes) == sorted(shapes)
+        assert np.array_equal(module_pixels.nearest_bucket([(w, h) for h, w in shapes], shapes), range(5))
+    assert module_pixels.bucket_shapes(8) == [(8, 8)]
+    for bad in (0, 2.5, None):
+        with pytest.raises(ValueError, match="^image_scale must"): module_pixels.bucket_shapes(bad)
+
+
+@pytest.fixture
+def aspects(tmp_path):
+    "Pictures of 3:1 (8 of them), 2:3 (4), 1:1 (4) and one lying on its side, whose red says which it is; and one that is none."
+    pytest.importorskip("grain")
+    sizes = [(90, 30)] * 8 + [(40, 60)] * 4 + [(50, 50)] * 4
+    for i, (w, h) in enumerate(sizes): Image.new("RGB", (w, h), (10 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40), (160, 0, 0)).save(tmp_path / "16.png", exif=exif)
+    for i in range(17): (tmp_path / f"{i:02d}.txt").write_text(f"number {i}")
+    return tmp_path
+
+
+def numbers_of(batch): return np.rint((batch["image"][:, 0, 0, 0] + 1) * 12.75).astype(int)
+
+
+def test_buckets_are_batches_of_one_shape_and_every_picture_comes_as_often(aspects):
+    data, count = get_dataset(f"folder:{aspects}", 4, 32, crop="bucket", captions=True)
+    seen = {}
+    counts = np.zeros(17, int)
+    for batch in take(data, 17 * 20 // 4):
+        numbers = numbers_of(batch)
+        assert [f"number {i}" for i in numbers] == list(batch["text"])
+        seen.setdefault(batch["image"].shape[1:3], set()).update(numbers)
+        np.add.at(counts, numbers, 1)
+    assert seen == {(24, 48): set(range(8)), (40, 24): {8, 9, 10, 11, 16}, (32, 32): {12, 13, 14, 15}} and count == 17 == data.examples
+    assert abs(counts - 20).max() <= 5
+
+
+def test_buckets_stop_go_on_are_shared_encoded_and_held_back(aspects, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    def open(**rest): return get_dataset(f"folder:{aspects}", 4, 32, crop="bucket", encoder=WordEncoder(), cache=cache, seed=5, **rest)[0]
+    data = open()
+    take(data, 7)
+    state, due = json.dumps(data.get_state()), take(data, 12)
+    for h, H in ((0, 1), (0, 2), (1, 2)):
+        again = open(host=h, hosts=H)
+        again.set_state(json.loads(state))
+        share = 4 // H
+        for a, b in zip(take(again, 12), due): assert all(np.array_equal(a[k], b[k][h * share:(h + 1) * share]) for k in b)
+    assert {"image", "textcontext", "textmask"} == set(due[0])
+    parts = [{int(i) for batch in take(open(validation=5, part=part), 30) for i in numbers_of(batch)} for part in ("train", "validation")]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == set(range(17)) and len(parts[1]) == 5
+
+
+def test_damage_in_all_buckets_is_counted_together(aspects):
+    for i in (0, 1, 8, 12): (aspects / f"{i:02d}.png").write_bytes((aspects / f"{i:02d}.png").read_bytes()[:60])
+    data = get_dataset(f"folder:{aspects}", 4, 32, crop="bucket")[0]
+    take(data, 20)
+    assert sorted(data.damaged.values()) == ["00.png", "01.png", "08.png", "12.png"]
+    with pytest.raises(ValueError, match="of 17 examples are damaged, where max_damaged is 3|damaged"): take(get_dataset(f"folder:{aspects}", 4, 32, crop="bucket", max_damaged=3)[0], 40)
+    with pytest.raises(ValueError, match="^crop must be 'centre' for name='digits'"): get_dataset("digits", crop="bucket")

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .folder import FileStream, check_text, picture_stream
+from .folder import FileStream, check_text, open_pictures
 from .pixels import PrepareImage, check_background, choose_square, compose
-from .stream import ImageStream, check_channels, check_memory, choose_part
+from .stream import ImageStream, MixedStream, check_channels, check_memory, choose_part
 from ..utils import check_positive_int
 
 # %% ../../nbs/27_arrays.ipynb #7986cefd
@@ -329,7 +329,7 @@ def table_stream(
     batch_size,  # B, of all hosts together
     split="all",  # parts of it such as "train+test"
     **options,  # of `picture_stream`
-) -> FileStream:
+) -> FileStream | MixedStream:
     "A saved table of Hugging Face's as a stream."
     table = open_table(path, split)
     kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
@@ -343,4 +343,4 @@ def table_stream(
         text = find_column("captions", [name for name in ("text", "caption") if name in kinds], table)
     undecoded = table.cast_column(image, type(table.features[image])(decode=False))
     source = PictureTable(undecoded, image, label, text)
-    return picture_stream(source, prepare, label_names, f"{path} {split}[{{}}]".format, batch_size, **options)
+    return open_pictures(source, prepare, label_names, f"{path} {split}[{{}}]".format, batch_size, **options)

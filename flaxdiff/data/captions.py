@@ -150,7 +150,7 @@ def call_encoder(
         raise ValueError(f"{due}, got {type(encoded).__name__}: {e!r}") from e
     fits = context.ndim == 3 and mask.shape == context.shape[:2] and len(mask) == len(texts)
     if not fits or mask.dtype != bool or not np.isfinite(context).all():
-        raise ValueError(f"{due}, got {context.shape} and {mask.shape} of {mask.dtype} for {len(texts)} texts")
+        raise ValueError(f"{due}, got {context.shape} and {mask.shape} of {mask.dtype} for {len(texts)}")
     return context, mask
 
 def encode_texts(
@@ -441,5 +441,5 @@ def main(
         parser.error(str(e))
     print(f"{number:,} pictures of {given.size}×{given.size} with captions in {given.out}")
 
-if __name__ == "__main__":
+if __name__ == "__main__" and globals().get("__spec__"):  # by `python -m`, not in a notebook
     main()

@@ -5,22 +5,28 @@
 # %% auto #0
 __all__ = ['walk_files', 'list_pictures', 'count_left_out', 'report_left_out', 'ImageFolder', 'read_captions', 'read_text',
            'caption_files', 'check_text', 'read_caption_table', 'stack_examples', 'FileBatches', 'reading_threads',
-           'FileStream', 'picture_stream', 'folder_stream']
+           'BatchesFrom', 'read_ahead', 'FileStream', 'picture_stream', 'measure_pictures', 'bucket_stream',
+           'open_pictures', 'folder_stream']
 
 # %% ../../nbs/26_folders.ipynb #1c956147
+import io
 import json
 import logging
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from .pixels import PrepareImage
-from .stream import EndlessLine, ExamplesOf, check_memory, choose_part, host_rows, machine_memory
+from .pixels import PrepareImage, bucket_shapes, nearest_bucket, picture_size
+from .stream import (EndlessLine, ExamplesOf, MixedStream, check_memory, choose_part, host_rows,
+                                  machine_memory, mix_streams)
 from ..utils import check_flag, check_positive_int, check_whole
 
 # %% ../../nbs/26_folders.ipynb #5381e16f
@@ -268,6 +274,41 @@ def reading_threads(
         return cores
     return max(1, min(cores, memory // 4 // (3 * batch_bytes)))
 
+# %% ../../nbs/26_folders.ipynb #36a7899f
+class BatchesFrom:
+    "The batches from number `first` on, as a source of its own."
+    def __init__(self,
+                 batches,  # a `FileBatches`
+                 first,  # the number of its first
+                ):
+        self.batches = batches
+        self.first = first
+
+    def __len__(self):
+        return len(self.batches) - self.first
+
+    def __getitem__(self, index):
+        "Batch first + index."
+        return self.batches[self.first + index]
+
+def read_ahead(
+    batches,  # a `FileBatches`
+    first,  # the number of the batch to begin with
+    threads,  # batches made at the same time
+    workers,  # processes; 0 for none but this one
+) -> Any:
+    "grain's iterator over the batches, in order, whoever makes them."
+    import grain
+    each = max(1, threads // max(1, workers))
+    reading = grain.ReadOptions(num_threads=each, prefetch_buffer_size=2 * each)
+    ahead = grain.MapDataset.source(BatchesFrom(batches, first)).to_iter_dataset(reading)
+    if workers:
+        from absl import flags
+        if not flags.FLAGS.is_parsed():  # grain's processes ask absl's flags, which no one may have parsed
+            flags.FLAGS.mark_as_parsed()
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(ahead)
+
 # %% ../../nbs/26_folders.ipynb #033d0bd0
 class FileStream(EndlessLine):
     "Pictures on disk without end, made ready by threads; `damaged`: {index: name} of what cannot be read."
@@ -280,6 +321,7 @@ class FileStream(EndlessLine):
                  host=None,  # this host, from 0; this process of JAX's by default
                  hosts=None,  # H; as many as JAX has processes by default
                  max_damaged=None,  # stop when this host has met more; by default 1 % of all, at least 10
+                 workers=0,  # processes that share the threads among them; 0: the threads are this process's
                  name_of="example {}".format,  # index -> what the log calls an example
                 ):
         try:
@@ -294,11 +336,11 @@ class FileStream(EndlessLine):
         self.damaged = {}
         self.reasons = {}  # {index: why} of the damaged
         order = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        batches = FileBatches(source, transform, order, self.batch_size, self.rows,
-                              self.max_damaged, self.seed)
+        self.reader = FileBatches(source, transform, order, self.batch_size, self.rows,
+                                  self.max_damaged, self.seed)
         self.threads = reading_threads() if threads is None else check_positive_int("threads", threads)
-        reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
-        self.batches = iter(grain.MapDataset.source(batches).to_iter_dataset(reading))
+        self.workers = check_whole("workers", workers)
+        self.batches = read_ahead(self.reader, 0, self.threads, self.workers)
 
     def __next__(self):
         "This host's rows of the next B examples; a `ValueError` when too many are damaged."
@@ -327,7 +369,11 @@ class FileStream(EndlessLine):
         if inside:
             raise ValueError(f"state must lie between batches of {self.batch_size}, got position {position}")
         self.position = position
-        self.batches.set_state({"next_index": index})
+        if self.workers:
+            self.batches.close()
+            self.batches = read_ahead(self.reader, index, self.threads, self.workers)
+        else:
+            self.batches.set_state({"next_index": index})
 
 # %% ../../nbs/26_folders.ipynb #31a3e3c1
 def picture_stream(
@@ -346,7 +392,7 @@ def picture_stream(
     numbers = range(len(source)) if members is None else members
     whole, source = source, source if members is None else ExamplesOf(source, members)
     rows = host_rows(batch_size, options.get("host"), options.get("hosts"))
-    shape = (rows.stop - rows.start, prepare.image_scale, prepare.image_scale, prepare.channels)
+    shape = (rows.stop - rows.start, *prepare.shape, prepare.channels)
     size = 4 * math.prod(shape)
     what = f"a batch of {shape[0]:,} pictures of {shape[1]}×{shape[2]}×{shape[3]} in float32"
     check_memory("batch_size or image_scale", what, size)
@@ -354,18 +400,78 @@ def picture_stream(
     data = FileStream(source, prepare, batch_size, threads=threads, **options,
                       name_of=lambda i: name_of(int(numbers[i])))
     data.label_names = label_names
-    if prepare.with_text:
+    if prepare.with_text and hasattr(whole, "all_texts"):
         texts = whole.all_texts()
         data.texts = [texts[i] for i in numbers]
     return data
+
+# %% ../../nbs/26_folders.ipynb #7a70e908
+def measure_pictures(
+    source,  # random access to {"image": bytes, …}
+) -> list[tuple[int, int]]:
+    "(width, height) of each picture, read by threads from the heads of the files."
+    def measure(i):
+        if isinstance(source, ImageFolder):
+            return picture_size(source.folder / source.files[i])
+        return picture_size(io.BytesIO(source[i]["image"]))
+    with ThreadPoolExecutor(4 * reading_threads()) as pool:
+        return list(pool.map(measure, range(len(source))))
+
+def bucket_stream(
+    source,  # random access to {"image": bytes, …}
+    prepare,  # a `PrepareImage`
+    label_names,  # what the labels mean, or None
+    name_of,  # index -> what the log calls an example
+    batch_size,  # B, of all hosts together
+    validation=0,  # the share held out, or how many examples
+    part="train",  # "train", or "validation" for those held out
+    threads=None,  # of all buckets together
+    workers=0,  # processes, of all buckets together
+    max_damaged=None,  # of all buckets together
+    seed=0,  # of the order
+    **options,  # host and hosts
+) -> MixedStream:
+    "The pictures sorted by aspect: each batch of one shape, as often as there are pictures of it."
+    members = choose_part(len(source), validation, part)
+    numbers = np.arange(len(source)) if members is None else members
+    shapes = bucket_shapes(prepare.image_scale)
+    buckets = nearest_bucket(measure_pictures(source), shapes)[numbers]
+    if max_damaged is None:
+        max_damaged = max(10, len(numbers) // 100)
+    streams = []
+    for k in np.unique(buckets):
+        own = numbers[buckets == k]
+        share = len(own) / len(numbers)
+        shaped = copy(prepare)
+        shaped.shape = shapes[k]
+        name = lambda i, own=own: name_of(int(own[i]))
+        data = picture_stream(ExamplesOf(source, own), shaped, label_names, name, batch_size,
+                              threads=max(1, round(share * (threads or reading_threads()))),
+                              workers=workers and max(1, round(share * workers)),
+                              max_damaged=max_damaged, seed=seed, **options)
+        streams.append((data, len(own)))
+    data = mix_streams(streams, seed)
+    data.max_damaged = max_damaged
+    return data
+
+# %% ../../nbs/26_folders.ipynb #d513e197
+def open_pictures(
+    source,  # random access to {"image": bytes, …}
+    prepare,  # a `PrepareImage`
+    *rest,  # of `picture_stream`
+    **options,  # of `picture_stream`
+) -> FileStream | MixedStream:
+    "The stream of a source of stored pictures, squares or in buckets, as `prepare` says."
+    stream = bucket_stream if prepare.crop == "bucket" else picture_stream
+    return stream(source, prepare, *rest, **options)
 
 def folder_stream(
     folder,  # where the pictures lie
     prepare,  # a `PrepareImage`, which says whether labels and captions are wanted
     batch_size,  # B, of all hosts together
     **options,  # of `picture_stream`
-) -> FileStream:
+) -> FileStream | MixedStream:
     "The pictures of a folder as a stream."
     source = ImageFolder(folder, prepare.with_labels, prepare.with_text)
     name_of = source.files.__getitem__
-    return picture_stream(source, prepare, source.label_names, name_of, batch_size, **options)
+    return open_pictures(source, prepare, source.label_names, name_of, batch_size, **options)

@@ -218,6 +218,11 @@ class ExamplesOf:
     def __len__(self):
         return len(self.members)
 
+    def all_texts(self):
+        "The captions of the part, where the source has any."
+        texts = self.source.all_texts()
+        return [texts[i] for i in self.members]
+
     def __getitem__(self, i):
         "Example i of the part."
         return self.source[int(self.members[i])]
@@ -229,6 +234,7 @@ class MixedStream:
                  streams: list,  # with `get_state` and `set_state`
                  weights: list,  # how often each is asked, in proportion
                  seed=0,  # of the turns, from 0 to 2³² - 1
+                 max_damaged=None,  # of all together; by default each stream counts its own
                 ):
         self.streams = streams
         self.weights = weights
@@ -236,11 +242,16 @@ class MixedStream:
         self.arcs = np.cumsum(weights) / np.sum(weights)
         self.start = np.random.default_rng(self.seed).random()
         self.position = 0  # batches handed out so far
+        self.max_damaged = max_damaged
         self.keys = None  # of the first batch
         self.examples = sum(getattr(stream, "examples", 0) for stream in streams)
         names = [getattr(stream, "label_names", None) for stream in streams]
         self.label_names = names[0] if all(one == names[0] for one in names) else None
         self.num_classes = None if self.label_names is None else len(self.label_names)
+        self.texts: list | None = []
+        for part in (getattr(stream, "texts", None) for stream in streams):
+            self.texts = None if part is None or self.texts is None else [*self.texts, *part]
+        self.encode: Callable[[dict], dict] | None = None  # the last thing done to a batch of a dict, if any
 
     def __iter__(self):
         return self
@@ -262,8 +273,12 @@ class MixedStream:
             if keys != self.keys:
                 why = f"got {sorted(keys)} after {sorted(self.keys)}"
             raise ValueError(f"streams must all hand out the same things with the same labels, {why}")
+        if self.max_damaged is not None and len(self.damaged) > self.max_damaged:
+            names = ", ".join(list(self.damaged.values())[:3])
+            raise ValueError(f"{len(self.damaged)} of {self.examples} examples are damaged, where "
+                             f"max_damaged is {self.max_damaged}: {names}, …; mend or remove them")
         self.position += 1
-        return batch
+        return batch if self.encode is None else self.encode(batch)
 
     @property
     def damaged(self):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .arrays import array_stream, read_idx_folder, read_npz, table_stream
-from .folder import FileStream, folder_stream, picture_stream
+from .folder import FileStream, folder_stream, open_pictures
 from .pixels import PrepareImage
-from .stream import ImageStream, check_channels, digits_stream, load_digits
+from .stream import ImageStream, MixedStream, check_channels, digits_stream, load_digits
 from ..utils import check_choice, check_flag, check_positive_int, check_whole
 
 # %% ../../nbs/28_tfds.ipynb #442ab08e
@@ -128,12 +128,12 @@ def tfds_stream(
     split="all",  # which part
     data_dir=None,  # the folder of data sets; TFDS's own by default
     **options,  # of `picture_stream`
-) -> FileStream:
+) -> FileStream | MixedStream:
     "A TFDS image set as a stream."
     source = open_tfds(name, split, data_dir, prepare.with_labels)
     features = dict(source.dataset_info.features.items())
     label_names = getattr(features.get("label"), "names", None)
-    return picture_stream(source, prepare, label_names, f"{name} {split}[{{}}]".format, batch_size, **options)
+    return open_pictures(source, prepare, label_names, f"{name} {split}[{{}}]".format, batch_size, **options)
 
 # %% ../../nbs/28_tfds.ipynb #afd04e5a
 def get_dataset(
@@ -149,7 +149,7 @@ def get_dataset(
     host=None,  # this host, from 0, which reads its own rows of each batch; this process of JAX's by default
     hosts=None,  # how many hosts there are; as many as JAX has processes by default
     max_damaged=None,  # how many unreadable pictures to skip; 1 % by default, at least 10
-    crop="centre",  # the middle square of each picture, or one at a "random" place, another in each epoch
+    crop="centre",  # the middle square; one at a "random" place; or "bucket": batches of a few other shapes
     background="white",  # behind transparent pixels: a colour's name, or three numbers to 255
     columns=(),  # the names of further arrays of an .npz file, which join the batches as conditions
     validation=0,  # the share held out for validation, or how many examples
@@ -157,11 +157,12 @@ def get_dataset(
     threads=None,  # that read pictures; by default as many as there are cores
     encoder=None,  # of captions, as of `flaxdiff.text`: batches as {"image", "textcontext", "textmask"}
     cache=None,  # the folder that keeps what it made; ~/.cache/flaxdiff/captions by default
-) -> tuple[ImageStream | FileStream, int]:
+    workers=0,  # processes that read pictures, the threads shared among them; 0: this process's threads
+) -> tuple[ImageStream | FileStream | MixedStream, int]:
     "(an endless iterator of batches (B, H, W, C), float32 in [-1, 1]; the number of examples)."
     kind, path = data_kind(name)
     captions = check_flag("captions", captions) or encoder is not None
-    check_source(name, split, data_dir, captions, crop, columns)
+    check_source(name, split, data_dir, captions, crop, columns, workers)
     check_encoder(encoder, cache)
     check_flag("labels", labels)
     if max_damaged is not None:
@@ -176,7 +177,7 @@ def get_dataset(
         data = array_stream(arrays, batch_size, size, channels, labels, background, captions=captions, **line)
     else:
         prepare = PrepareImage(size, channels, labels, captions, crop, background)
-        line.update(threads=threads, max_damaged=max_damaged)
+        line.update(threads=threads, max_damaged=max_damaged, workers=workers)
         if kind == "folder":
             data = folder_stream(path, prepare, batch_size, **line)
         elif kind == "hf":
@@ -251,6 +252,7 @@ def check_source(
     captions,  # whether captions are wanted
     crop,  # which square
     columns,  # further arrays
+    workers,  # processes
 ):
     "A `ValueError` for what was asked and would be ignored."
     kind, _ = data_kind(name)
@@ -264,9 +266,11 @@ def check_source(
     if captions and kind == "tfds":
         raise ValueError(f"captions must be False and encoder None for name={name!r}: of TFDS's sets no "
                          "captions are read")
-    if check_choice("crop", crop, ("centre", "random")) == "random" and kind in ("digits", "npz", "idx"):
-        raise ValueError(f"crop must be 'centre' for name={name!r}: "
-                         "only picture files are cut at random places")
+    in_memory = kind in ("digits", "npz", "idx")
+    if check_choice("crop", crop, ("centre", "random", "bucket")) != "centre" and in_memory:
+        raise ValueError(f"crop must be 'centre' for name={name!r}: only picture files are cut otherwise")
+    if check_whole("workers", workers) and in_memory:
+        raise ValueError(f"workers must be 0 for name={name!r}: only picture files are read by processes")
     if isinstance(columns, str) or columns and kind != "npz":
         raise ValueError(f"columns must be names of arrays in an 'npz:PATH', a tuple, got {columns!r} "
                          f"for name={name!r}")
