@@ -11,7 +11,7 @@ from flaxdiff.denoiser import Denoiser, as_denoiser
 from flaxdiff.exact import ExactModel, Gaussian, GaussianMixture
 from flaxdiff.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance, DynamicThreshold, guide, with_params
 from flaxdiff.likelihood import log_likelihood, variational_bound
-from flaxdiff.samplers import AdaptiveSampler, DDIMSampler, EulerSampler, FewStepSampler, HeunSampler, RK4Sampler
+from flaxdiff.samplers import AdaptiveSampler, DiffusionSampler, EulerSampler, FewStepSampler, HeunSampler, RK4Sampler
 from laws import ALL_SCHEDULES, EACH_KIND, MIXTURE, PREDICTORS, SAMPLER_CLASSES, SCHEDULES, WAVE, Wave, decodable, default_predictor, ends_pure, over, x64
 
 EDM, LINEAR, COSINE = (SCHEDULES[name] for name in ("EDMNoiseScheduler", "LinearNoiseSchedule", "CosineContinuousNoiseScheduler"))
@@ -310,6 +310,54 @@ def test_new_parameters_reach_the_network_inside():
     sampler.params = other
     assert sampler.params is other and np.any(sampler.sample(x, [0.9, 0.5], rng=0, conditioning=cond) != first)
     assert len(sampler.programs.compiled) == 1
+
+
+# A sampler's guidance_scale
+
+def solvers_in(sampler): return [sampler, *(part for part in vars(sampler).values() if isinstance(part, DiffusionSampler))]
+
+
+@over(cls=SAMPLER_CLASSES)
+def test_guidance_scale_is_the_wrapper(cls):
+    "Of the solver, and of those that it is made of; new parameters go inside."
+    network, other = Counted(), {"w": np.float32(0.2)}
+    sampler = cls(network, Wave.params, EDM, EPSILON, 3)
+    assert sampler.guidance_scale == 3 and sampler.model is network and sampler.params is Wave.params and sampler.model_output_transform is EPSILON
+    for part in solvers_in(sampler):
+        assert isinstance(part.denoiser, ClassifierFreeGuidance) and part.denoiser.scale == 3 and part.denoiser.null == {"label": 10}
+    sampler.params = other
+    for part in solvers_in(sampler): assert part.denoiser.scale == 3 and part.params is other
+    for w in (1, 1.0, np.float32(1)): assert all(isinstance(part.denoiser, Denoiser) for part in solvers_in(cls(network, Wave.params, EDM, EPSILON, guidance_scale=w)))
+
+
+def test_guidance_scale_samples_what_the_wrapper_samples():
+    network, x, cond = ExactModel(MIXTURE, EDM, KARRAS, (2, 1, 1)), jnp.ones((4, 2)), COND
+    sampler, wrapped = HeunSampler(network, {}, EDM, KARRAS, guidance_scale=3), HeunSampler(ClassifierFreeGuidance(exact(EDM, KARRAS), NULL, 3))
+    np.testing.assert_array_equal(sampler.sample(x, [0.9, 0.5], conditioning=cond), wrapped.sample(x, [0.9, 0.5], conditioning=cond))
+    from_denoiser = HeunSampler(Denoiser(network, {}, EDM, KARRAS), guidance_scale=3)
+    np.testing.assert_array_equal(from_denoiser.sample(x, [0.9, 0.5], conditioning=cond), sampler.sample(x, [0.9, 0.5], conditioning=cond))
+    made = sampler.generate_images(4, 5, rng=0, conditioning=cond)
+    assert made.shape == (4, 2, 1, 1) and np.all(np.isfinite(made))
+
+    class Sized:
+        "A network within one that knows its image's shape."
+        def __init__(self, module): self.module, self.apply = module, module.apply
+
+    assert guide(Denoiser(Sized(network), {}, EDM, KARRAS), 2).null == {"label": K}
+    jax.jit(lambda w: guide(exact(EDM, KARRAS), w)(x, 0.5, cond)[0])(2.0)
+
+
+def test_guidance_without_a_null_or_a_condition_is_refused():
+    class Plain:
+        def apply(self, params, x, temb, label=None): return x
+    for model in (Plain(), ExactModel(Gaussian([0.0], [1.0]), EDM, KARRAS)):
+        refused(f"null_condition.*{type(model).__name__}", EulerSampler, model, {}, EDM, KARRAS, guidance_scale=2)
+        EulerSampler(model, {}, EDM, KARRAS, guidance_scale=1.0)
+    refused("null_condition", HeunSampler, lambda x, t, c=(): (x, x), noise_schedule=EDM, guidance_scale=2)
+    sampler = EulerSampler(Counted(), Wave.params, EDM, EPSILON, guidance_scale=2)
+    refused("^conditioning must be a dict with", sampler.generate_images, 2, 3, image_size=2, rng=0)
+    refused("^conditioning must be a dict with", sampler.sample, jnp.ones((2, 2)), [0.9, 0.5], conditioning=(np.zeros(2, int),))
+    for bad in (np.nan, "3", None, np.ones(2)): refused("^guidance_scale must", EulerSampler, Counted(), Wave.params, EDM, EPSILON, bad)
 
 
 # Likelihood, the way back, a fit, steps of its own length

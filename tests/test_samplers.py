@@ -527,7 +527,7 @@ def test_bad_requests_are_refused(cls):
     for bad in (jnp.ones((2, 2), int), jnp.float32(1)):
         with pytest.raises(ValueError, match="x must"): sampler.sample(bad, [0.7, 0.2])
     with pytest.raises(ValueError, match="conditioning"): sampler.sample(x, [0.7, 0.2], conditioning=(jnp.ones((3, 4)),))
-    with pytest.raises(NotImplementedError, match="guidance"): make(guidance_scale=2.0)
+    with pytest.raises(ValueError, match="null_condition"): make(guidance_scale=2.0)
     with pytest.raises(ValueError, match="model must"): cls(lambda x: x, {}, EDM)
     with pytest.raises(ValueError, match="model_output_transform"): cls(WAVE, Wave.params, EDM, "epsilon")
     class Wrong:

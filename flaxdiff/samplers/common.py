@@ -20,7 +20,8 @@ import numpy as np
 from jax.core import Tracer
 from tqdm.auto import tqdm
 
-from ..denoiser import Denoiser, Level, as_denoiser, check_conditioning
+from ..denoiser import Level, as_denoiser, check_conditioning
+from ..guidance import guide, with_params
 from .grids import check_resolution, check_steps, make_steps
 from ..utils import (NoRandomKey, RandomMarkovState, as_key, check_flag, check_floats,
                             check_positive_int, check_shape, clip_images)
@@ -325,13 +326,11 @@ class DiffusionSampler(Solver):
                  params=None,  # the model's parameters
                  noise_schedule=None,  # a `NoiseScheduler`
                  model_output_transform=None,  # what the output means; `EpsilonPredictor()` by default
-                 guidance_scale=1.0,  # 1: no guidance
+                 guidance_scale=1.0,  # w of `ClassifierFreeGuidance` by the model's null condition; 1: none
                 ):
-        if guidance_scale != 1.0:
-            raise NotImplementedError(f"guidance_scale={guidance_scale}: guidance is not built yet, "
-                                      "only 1.0 (none) works")
         parts = model, params, noise_schedule, model_output_transform
-        self.denoiser, self.noise_schedule = as_denoiser(*parts)
+        denoiser, self.noise_schedule = as_denoiser(*parts)
+        self.denoiser = guide(denoiser, guidance_scale)
         self.model = getattr(self.denoiser, "model", model)
         self.model_output_transform = getattr(self.denoiser, "model_output_transform", None)
         self.guidance_scale = guidance_scale
@@ -347,7 +346,7 @@ class DiffusionSampler(Solver):
 
     @params.setter
     def params(self, params):
-        self.denoiser = Denoiser(self.model, params, self.noise_schedule, self.model_output_transform)
+        self.denoiser = with_params(self.denoiser, params)
         for part in vars(self).values():  # solvers that this one is made of
             if isinstance(part, DiffusionSampler):
                 part.denoiser = self.denoiser
