@@ -196,6 +196,26 @@ def test_the_loop_is_differentiable(cls, x64):
 
 # The two forms of a step
 
+@over(cls={name: SAMPLER_CLASSES[name] for name in ("EulerSampler", "UniPCSampler", "DDPMSampler")})
+def test_both_loops_take_the_same_steps(cls, x64):
+    "The light loop of a compiled call, and the differentiable one inside somebody's own program."
+    sampler, x = make(cls), np.float64(X) * 80
+    for n in (1, 2, 7):
+        steps = sampler.make_steps(n)
+        light, heavy = sampler.sample(x, steps, rng=0), jax.jit(lambda x: sampler.sample(x, steps, rng=0))(x)
+        np.testing.assert_allclose(light, heavy, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bar_counts_the_steps_and_changes_nothing(capfd):
+    sampler = make(HeunSampler)
+    ask = lambda **more: sampler.generate_images(2, 6, image_size=2, channels=1, rng=0, **more)
+    plain, shown = ask(), ask(progress=True)
+    assert "5/5" in capfd.readouterr().err and sampler.bar.n == 5
+    np.testing.assert_array_equal(plain, shown)
+    with pytest.raises(ValueError, match="progress"): ask(progress="yes")
+    with pytest.raises(ValueError, match="progress must be False"): jax.jit(lambda key: sampler.generate_images(2, 6, image_size=2, channels=1, rng=key, progress=True))(jax.random.key(0))
+
+
 class Short(DiffusionSampler):
     def step(self, x, x0, eps, t, s, state): return state.ddim_step(x0, eps), state
 
