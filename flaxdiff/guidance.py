@@ -7,7 +7,7 @@ __all__ = ['ask', 'shift_x0', 'with_params', 'check_denoiser', 'as_scale', 'Guid
            'rescale_x0', 'check_interval', 'ClassifierFreeGuidance', 'ClassifierGuidance', 'DynamicThreshold',
            'same_process', 'LevelPair', 'Autoguidance', 'guide']
 
-# %% ../nbs/65_guidance.ipynb #7e97314f
+# %% ../nbs/65_guidance.ipynb #c9da924b
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from .denoiser import Denoiser, Identity, Level, as_denoiser, check_conditioning
 from .schedulers.common import NoiseScheduler
 from .utils import check_floats, check_real, check_shape, per_image
 
-# %% ../nbs/65_guidance.ipynb #4dd6303e
+# %% ../nbs/65_guidance.ipynb #c1bdee23
 def ask(
     denoiser: Any,  # a `Denoiser`, or any callable like one
     x: jax.Array,  # (B, …): noisy images
@@ -58,7 +58,7 @@ def with_params(
                          f"got {type(denoiser).__name__}, which has none")
     return Denoiser(denoiser.model, params, denoiser.noise_schedule, denoiser.model_output_transform)
 
-# %% ../nbs/65_guidance.ipynb #26ca2cad
+# %% ../nbs/65_guidance.ipynb #6a9b208a
 def check_denoiser(
     name: str,  # what the error should call it
     denoiser: Any,  # what was given
@@ -81,7 +81,7 @@ def as_scale(
         return value
     return float(check_real(name, value))
 
-# %% ../nbs/65_guidance.ipynb #a5f4b72e
+# %% ../nbs/65_guidance.ipynb #115a31d6
 class Guidance:
     "A denoiser made of a denoiser: a pytree, called like one; a subclass says what becomes of the answer."
     leaves = ("denoiser",)  # names of the attributes that a program takes as arguments
@@ -157,7 +157,7 @@ class Guidance:
         x0, eps, _ = self.at(x, self.level(self.noise_schedule.as_times(times)), conditioning)
         return x0, eps
 
-# %% ../nbs/65_guidance.ipynb #3dd608fb
+# %% ../nbs/65_guidance.ipynb #2301e11f
 def check_null(
     null: Any,  # what was given
 ) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def both_conditions(
 
     return {name: pair(name) for name in conditioning}
 
-# %% ../nbs/65_guidance.ipynb #0d8006a4
+# %% ../nbs/65_guidance.ipynb #831aa8a1
 def rescale_x0(
     guided: jax.Array,  # (B, …): x̂₀ under guidance
     conditional: jax.Array,  # (B, …): x̂₀ without
@@ -213,7 +213,7 @@ def check_interval(
         return low, high
     raise ValueError(f"interval must be (low, high) in σ/α with 0 <= low < high, got {interval!r}")
 
-# %% ../nbs/65_guidance.ipynb #7f13a9b5
+# %% ../nbs/65_guidance.ipynb #71c78f34
 class ClassifierFreeGuidance(Guidance):
     "D = D_∅ + w (D_c - D_∅), in one call of twice the batch (Ho & Salimans 2022); at w = 1 D_c alone."
     leaves = ("denoiser", "null", "scale", "interval", "rescale")
@@ -270,7 +270,7 @@ class ClassifierFreeGuidance(Guidance):
             return jax.lax.cond(inside, guided, conditional)
         return jax.tree.map(lambda a, b: jnp.where(per_image(inside, a), a, b), guided(), conditional())
 
-# %% ../nbs/65_guidance.ipynb #14427727
+# %% ../nbs/65_guidance.ipynb #ed3d1bc8
 class ClassifierGuidance(Guidance):
     "ε̂ - w σ ∇ log p(c | x_t), and x̂₀ with it (Dhariwal & Nichol 2021, alg. 2); at w = 0 nothing is added."
     leaves = ("denoiser", "log_prob", "scale", "null")
@@ -310,7 +310,7 @@ class ClassifierGuidance(Guidance):
         onto_x0 = jnp.where(alpha > 0, sigma / jnp.where(alpha > 0, alpha, 1), 0) * push
         return (x0 + onto_x0).astype(x0.dtype), (eps - push).astype(eps.dtype), second_half
 
-# %% ../nbs/65_guidance.ipynb #bb04f40b
+# %% ../nbs/65_guidance.ipynb #039a12ef
 class DynamicThreshold(Guidance):
     "x̂₀ cut to [-s, s] and divided by s ≥ 1, a quantile of its |pixels| (Saharia et al. 2022, section 2.3)."
     leaves = ("denoiser", "quantile")
@@ -331,7 +331,7 @@ class DynamicThreshold(Guidance):
         s = per_image(jnp.maximum(size, 1), x).astype(x.dtype)
         return shift_x0(answer, jnp.clip(answer[0], -s, s) / s, level)
 
-# %% ../nbs/65_guidance.ipynb #d4d4d960
+# %% ../nbs/65_guidance.ipynb #48f36a59
 def same_process(
     a: NoiseScheduler,  # a schedule
     b: NoiseScheduler,  # another
@@ -349,7 +349,7 @@ class LevelPair(Level):
     strong: Any = None  # the `Level` of the one
     weak: Any = None  # and of the other
 
-# %% ../nbs/65_guidance.ipynb #0ecf994a
+# %% ../nbs/65_guidance.ipynb #057f8101
 class Autoguidance(Guidance):
     "D = D_weak + w (D - D_weak): away from a worse model of the same data (Karras et al. 2024)."
     leaves = ("denoiser", "weak", "scale")
@@ -382,7 +382,7 @@ class Autoguidance(Guidance):
         w = jnp.asarray(self.scale, x0.dtype)
         return x0_weak + w * (x0 - x0_weak), eps_weak + w * (eps - eps_weak), second_half
 
-# %% ../nbs/65_guidance.ipynb #651639db
+# %% ../nbs/65_guidance.ipynb #293b48e4
 def guide(
     denoiser: Any,  # a denoiser, whose network may carry its `null_condition`
     scale: Any,  # w; 1 changes nothing
