@@ -100,6 +100,7 @@ def first(tmp_path_factory):
     root = tmp_path_factory.mktemp("hosts")
     alone = {**EIGHT, **OWN, "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
     pair = {**{name: dict(steps=4, **how) for name, how in HOWS.items()}, **ON_MESH, "adam": dict(steps=6, optimizer="adam"),
+            "fsdp adam": dict(steps=4, optimizer="adam", how="jit", fsdp=True), "fsdp asks": dict(steps=4, optimizer="adam", how="jit", fsdp=True, asks=True),
             "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
     with Group(root / "alone", alone) as a, Group(root / "pair", pair, hosts=2, devices=2) as b: return root, a.results()[0], b.results()
 
@@ -131,6 +132,13 @@ def test_eight_devices_are_one(first, name):
     _, alone, _ = first
     assert alone[name]["step"] == 4 == len(alone[name]["losses"])
     assert difference(alone[name], alone["one"]) < 1e-12
+
+
+def test_one_host_alone_may_ask_for_a_state_that_is_split(first):
+    "Before the first step and at every report, as the record of a run does: nobody hangs, and nothing changes."
+    for i, result in enumerate(first[2]):
+        same_bits(result["fsdp asks"], result["fsdp adam"])
+        assert result["fsdp asks"]["drawn"] == (5 if i == 0 else 0)
 
 
 def test_the_steps_are_worth_comparing(first):

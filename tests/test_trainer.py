@@ -1,4 +1,5 @@
 """Laws of training: one device or many, stopped or not, the same bits; and nothing bad passes silently."""
+import dataclasses
 import itertools
 import os
 import platform
@@ -22,7 +23,7 @@ from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseSchedule
 from flaxdiff.speed import compiler_options
 from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged, training_step
 from flaxdiff.trainer.evaluation import HeldOutLoss
-from flaxdiff.trainer.step import draw_batch, drop_conditions, init_state
+from flaxdiff.trainer.step import cut_in_parts, draw_batch, drop_conditions, gradient, init_state
 
 
 class Small(nn.Module):
@@ -775,11 +776,62 @@ def test_the_held_out_loss_drops_nothing():
     assert np.isfinite(sums).all()
 
 
-def test_every_network_class_and_the_unet_train_with_labels():
+def test_the_unet_trains_with_labels():
     network = SimpleUNet(1, 8, (4,), None, 1, norm_groups=2, num_classes=3)
     trainer = make(model=network, condition_dropout=0.5)
     fit(trainer, stream({"image": pictures(16, 8), "label": LABELS[:16]}), 3)
     assert np.isfinite(trainer.losses).all() and trainer.model.null_condition == {"label": 3}
+
+
+SHARES = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np, optax
+from test_trainer import LABELS, Told, fit, make, pictures, same_bits, stream
+from flaxdiff.models import SimpleUNet
+from flaxdiff.trainer.facade import make_ready, stack_batches
+assert len(jax.devices()) == 4
+images = pictures(32)
+def work(how, parts):
+    "(operations of a device in one part, MiB it needs) by the compiled program's own account."
+    trainer = make(model=SimpleUNet(1, 8, (4,), None, 1, norm_groups=2), optimizer=optax.sgd(0.1), how=how, accumulate=parts)
+    trainer.initialize(images)
+    training = trainer.training
+    inputs = training.parallel.share(stack_batches([make_ready(*trainer.split_batch(images))]))
+    program = training.parallel.program.lower(training.copies, np.asarray(jax.random.key_data(trainer.key)), *inputs).compile()
+    cost = program.cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"], program.as_text()
+(whole, _), (parts, program) = work("jit", 1), work("jit", 4)
+assert parts < 0.35 * whole, (parts, whole)
+assert "all-gather" not in program and "all-to-all" not in program
+batch = {"image": images, "label": LABELS[:32]}
+ends = []
+for options in (dict(devices=jax.devices()[:1]), dict(how="jit", accumulate=4), dict(accumulate=4), dict(how="jit", fsdp=True, accumulate=2)):
+    trainer = make(model=Told(), optimizer=optax.sgd(0.1), condition_dropout=0.5, **options)
+    state = fit(trainer, stream(batch), 3)
+    ends.append((state.params, trainer.losses, trainer.levels))
+for end in ends[1:]: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), end, ends[0])
+print("ALL THE SAME")
+'''
+
+
+def test_parts_under_one_program_take_from_every_device():
+    "how='jit' with accumulate: each device works through its own examples, once; conditions dropped, losses and their levels are those of one device."
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHARES, os.path.dirname(__file__)], env=env, capture_output=True, text=True, timeout=600)
+    assert "ALL THE SAME" in done.stdout, done.stdout + done.stderr
+
+
+def test_losses_come_back_in_the_order_of_the_batch():
+    "Parts that take from two shares: the same losses by level, example by example."
+    trainer = make(model=Zero(), accumulate=2)
+    trainer.initialize(pictures(8))
+    recipe = trainer.make_recipe()
+    drawn = draw_batch(recipe, jax.random.key(0), 0, np.arange(8), pictures(8))
+    plain, shared = (gradient(dataclasses.replace(recipe, shares=n, accumulate=p), trainer.state.params, {}, drawn, {}) for n, p in ((1, 1), (2, 2)))
+    np.testing.assert_allclose(shared.losses, plain.losses, rtol=1e-6)
+    rows = cut_in_parts(dataclasses.replace(recipe, shares=2), np.arange(8))
+    assert rows.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]] and cut_in_parts(recipe, np.arange(8)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_augmentation_without_a_listener():

@@ -41,7 +41,7 @@ class Digits:
         return batch
 
 
-def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False, **running):
+def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False, asks=False, **running):
     "A dict of arrays: what `steps` updates give, on so many devices from number `first` on."
     jax.config.update("jax_enable_x64", optimizer == "sgd")
     dtype = np.float64 if optimizer == "sgd" else np.float32
@@ -53,12 +53,18 @@ def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False,
         trainer.initialize(np.zeros((len(next(Digits(dtype, batch))), 8, 8, 1), dtype))
         if trainer.restore(data) is None: raise SystemExit("nothing to resume")
     every = 12 if optimizer == "sgd" else 1  # the record by noise level decays from look to look: only equal looks give equal records
-    def report(row): print("step", row["step"], flush=True)
+    def report(row):
+        print("step", row["step"], flush=True)
+        if asks and jax.process_index() == 0: drawn.append([float(jnp.sum(v)) for v in jax.tree.leaves((trainer.state.ema_params, trainer.denoiser))])  # as the record's pictures do
+    drawn = []
+    if asks:
+        trainer.initialize(np.zeros((len(next(Digits(dtype, batch))), 8, 8, 1), dtype))
+        if jax.process_index() == 0: drawn.append([float(jnp.sum(v)) for v in jax.tree.leaves(trainer.state.params)])
     state = trainer.fit(data, steps, progress=False, report_every=every, on_report=report)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     return {"params": flat(state.params), "ema": flat(state.ema_params), "opt": flat(state.opt_state) if jax.tree.leaves(state.opt_state) else np.zeros(0),
             "losses": np.array(trainer.losses), "levels": trainer.levels, "step": np.array(int(state.step)), "preempted": np.array(trainer.preempted),
-            "rows": data.first if data.first is not None else np.zeros(0)}
+            "drawn": np.array(len(drawn)), "rows": data.first if data.first is not None else np.zeros(0)}
 
 
 def own_step(rule, state, key, index, batch, axis=None):

@@ -271,19 +271,28 @@ class StateOnDevices:
         self.kinds = key_kinds(state)
         options: dict[str, Any] = {"fsdp": True} if fsdp else {}
         self.parallel: Any = DataParallel(step_without_types(step, self.kinds), devices, how, **options)
+        self.is_apart = fsdp and self.parallel.hosts > 1  # no host holds all of it
         self.put(state)
 
     def put(self,
             state: TrainState,  # un-replicated
            ) -> None:
         "Go on from here."
-        self.copies = self.parallel.replicate(without_types(state))
+        plain = without_types(state)
+        self.copies = self.parallel.replicate(plain)
+        self.whole: Any = jax.device_get(plain) if self.is_apart else None  # of this very step, once together
         self.lent: set[str] = set()  # the fields that somebody outside may hold
         self.step = int(state.step)
 
     def look(self) -> TrainState:
-        "One copy of it with typed keys as numbers, not to be kept: the next step uses it up."
-        return self.parallel.one_copy(self.copies)
+        """One copy of it with typed keys as numbers, not to be kept: the next step uses it up.
+
+        Where it is split over several hosts, all must ask after a step; then any may ask again, alone."""
+        if not self.is_apart:
+            return self.parallel.one_copy(self.copies)
+        if self.whole is None:
+            self.whole = self.parallel.one_copy(self.copies)
+        return self.whole
 
     def lend(self,
              *fields: str,  # of the `TrainState`
@@ -306,6 +315,7 @@ class StateOnDevices:
             copied = jax.tree.map(jnp.copy, getattr(self.copies, field))
             self.copies = self.copies.replace(**{field: copied})
         self.lent = set()
+        self.whole = None
         self.copies, metrics = self.parallel(self.copies, key, index, stack)
         self.step += len(index)
         return metrics
@@ -472,10 +482,13 @@ def make_callbacks(
         rate = last_rate(trainer)
         if rate is not None:
             row["learning_rate"] = rate
+    def gather(row):  # all hosts: the others' callbacks may not ask for it
+        if trainer.training.is_apart:
+            trainer.training.look()
     saver = trainer.run_checkpoints
     guard = DivergenceGuard(trainer.record, trainer.max_skipped, trainer.level_edges,
                             saver and saver.manager.latest_step)
-    each = [add_rate, trainer.evaluation, *callbacks, bar, on_report, guard]
+    each = [gather, add_rate, trainer.evaluation, *callbacks, bar, on_report, guard]
     return [check_function("each of callbacks", callback) for callback in each if callback is not None]
 
 # %% ../../nbs/37_trainer.ipynb #8f56e18e
@@ -603,8 +616,10 @@ class TrainerOptions:
 
     def make_recipe(self) -> Recipe:
         "What `training_step` is made of; a `ValueError` where an option will not do."
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        return Recipe(**{**options, "model": self.model.module})
+        names = [field.name for field in dataclasses.fields(Recipe) if field.name != "shares"]
+        options = {name: getattr(self, name) for name in names}
+        shares = len(self.devices) if self.how == "jit" else 1
+        return Recipe(**{**options, "model": self.model.module, "shares": shares})
 
 # %% ../../nbs/37_trainer.ipynb #755109be
 class DiffusionTrainer(TrainerOptions):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DROPOUT', 'check_function', 'Recipe', 'Drawn', 'draw_example', 'draw_batch', 'as_floats', 'losses_and_carried',
-           'loss_per_example', 'split_output', 'compare', 'step_variance_loss', 'TrainState', 'join_params',
+           'loss_per_example', 'check_output', 'compare', 'step_variance_loss', 'TrainState', 'join_params',
            'split_params', 'init_state', 'start_state', 'unread_conditions', 'null_row', 'null_rows', 'drop_conditions',
-           'objective', 'Gradient', 'gradient', 'ema_update', 'update_averages', 'keep_finite', 'average_collections',
-           'all_finite', 'value_of', 'training_step']
+           'objective', 'Gradient', 'cut_in_parts', 'gradient', 'ema_update', 'update_averages', 'keep_finite',
+           'average_collections', 'all_finite', 'value_of', 'training_step']
 
 # %% ../../nbs/33_step.ipynb #cff683d7
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,7 @@ import optax
 from jax.core import Tracer
 
 from ..data import augment_image
+from ..denoiser import split_output
 from ..network import Network, NetworkCall, check_null, join_variables, null_of, split_variables
 from .ema import power_init, power_update
 from .losses import diffusion_loss, loss_by_level, uncertain_loss, variance_loss
@@ -56,6 +57,7 @@ class Recipe:
     augment: float = 0.0  # probability of each of EDM's augmentations
     learn_variance: bool = False  # the network has twice the channels: the second half learns DDPM's variance
     accumulate: int = 1  # parts of the batch that are worked through one after the other
+    shares: int = 1  # devices that hold the batch where one program sees all of it; see `cut_in_parts`
     max_skipped: int = 10  # so many skipped updates in a row, and nothing changes any more
     loss: Callable[..., Any] | None = None  # (F, target, α, σ) -> (B,); `diffusion_loss` by default
     condition_dropout: float | None = None  # share of examples that lose their condition; see `null_rows`
@@ -70,7 +72,7 @@ class Recipe:
             check_real("each of ema_profiles", width, 0, 12 ** -0.5, ends="(]")
         for name in ("flip", "learn_variance"):
             check_flag(name, getattr(self, name))
-        for name in ("accumulate", "max_skipped"):
+        for name in ("accumulate", "shares", "max_skipped"):
             check_positive_int(name, getattr(self, name))
         for name in ("loss_weight", "time_density", "loss"):
             check_function(name, getattr(self, name))
@@ -155,7 +157,7 @@ def losses_and_carried(
     key = jax.random.fold_in(keys[0], 2 ** 31) if train and len(keys) else None
     inputs = x_in, schedule.network_time(t), conditioning, labels
     output, carried = recipe.network.apply(variables, *inputs, key, train)
-    F, v = split_output(output, x0, recipe.learn_variance)
+    F, v = split_output(check_output(output, x0, recipe.learn_variance), x0)
     # Compare.
     target = predictor.get_target(x0, eps, alpha, sigma)
     losses = compare(recipe, F, target, alpha.ravel(), sigma.ravel())
@@ -174,25 +176,21 @@ def loss_per_example(
     return losses_and_carried(recipe, params, drawn, conditioning)[0]
 
 # %% ../../nbs/33_step.ipynb #2a6ad55b
-def split_output(
+def check_output(
     output: Any,  # of the network
     x0: jax.Array,  # (B, H, W, C): what it was shown
-    learn_variance: bool = False,  # whether it has twice the channels
-) -> tuple[jax.Array, jax.Array | None]:
-    "(F, v): the network's output, and its second half of channels where it learns a variance, else None."
+    learn_variance: bool,  # whether it has twice the channels
+) -> Any:
+    "`output`, where it is an array of x₀'s shape, or of twice its channels; else a `ValueError`."
     shape = (*x0.shape[:-1], x0.shape[-1] * (2 if learn_variance else 1))
+    if getattr(output, "shape", None) == shape:
+        return output
     if not hasattr(output, "shape"):
         raise ValueError(f"model must return one array of shape {shape}, got {type(output).__name__}: "
                          f"{jax.tree.map(jnp.shape, output)}")
-    if output.shape != shape:
-        due = "model must return the shape"
-        if learn_variance:
-            due = "with learn_variance=True model must return twice the channels"
-        raise ValueError(f"{due} of its input, {shape}, got {output.shape}; set its output channels")
-    if not learn_variance:
-        return output, None
-    F, v = jnp.split(output, 2, -1)
-    return F, v
+    due = "with learn_variance=True model must return twice the channels"
+    due = due if learn_variance else "model must return the shape"
+    raise ValueError(f"{due} of its input, {shape}, got {output.shape}; set its output channels")
 
 def compare(
     recipe: Recipe,  # its loss, or its weight
@@ -372,6 +370,20 @@ class Gradient(NamedTuple):
     grads: Any  # the gradient of `value`, as what is learned
     carried: dict  # the network's other collections after it
 
+# %% ../../nbs/33_step.ipynb #571a4e68
+def cut_in_parts(
+    recipe: Recipe,  # its `accumulate` is P, its `shares` n
+    tree: Any,  # of arrays (B, …), of which n devices hold a share each
+) -> Any:
+    "(P, B/P, …): P equal parts, each with as many examples of every share."
+    P, n = recipe.accumulate, recipe.shares
+
+    def cut(x):
+        if n == 1:
+            return x.reshape(P, -1, *x.shape[1:])
+        return x.reshape(n, P, -1, *x.shape[1:]).swapaxes(0, 1).reshape(P, -1, *x.shape[1:])
+    return jax.tree.map(cut, tree)
+
 # %% ../../nbs/33_step.ipynb #22ccb032
 def gradient(
     recipe: Recipe,  # what the loss is made of; its `accumulate` is P
@@ -391,10 +403,11 @@ def gradient(
         total, carried = sums
         (value, (losses, carried)), grads = grad_of(learned, carried, *part)
         return (jax.tree.map(jnp.add, total, grads), carried), (value, losses)
-    parts = jax.tree.map(lambda x: x.reshape(P, -1, *x.shape[1:]), (drawn, conditioning))
+    parts = cut_in_parts(recipe, (drawn, conditioning))
     start = jax.tree.map(jnp.zeros_like, learned), carried
     (total, carried), (values, losses) = jax.lax.scan(add_part, start, parts)
-    return Gradient(values.mean(), losses.ravel(), jax.tree.map(lambda g: g / P, total), carried)
+    losses = losses.reshape(P, recipe.shares, -1).swapaxes(0, 1).ravel()  # in the order of the batch again
+    return Gradient(values.mean(), losses, jax.tree.map(lambda g: g / P, total), carried)
 
 # %% ../../nbs/33_step.ipynb #0e2dd39c
 def ema_update(
@@ -471,7 +484,7 @@ def value_of(
 ) -> Callable[[Any], jax.Array]:
     "learned -> what is made small, for optimizers that search along a line: always on the same draws."
     def value(learned):
-        parts = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), (drawn, conditioning))
+        parts = cut_in_parts(recipe, (drawn, conditioning))
         return jax.lax.map(lambda part: objective(recipe, learned, carried, *part)[0], parts).mean()
     if axis is None:
         return value
