@@ -96,7 +96,7 @@ def with_denoiser(
 
 # %% ../../nbs/67_inpainting.ipynb #781af788
 class Replaced(EditedDenoiser):
-    "x̂₀ is y where that is known: each level then holds α y + σ·noise there (Song et al. 2021b, appendix I.2)."
+    "x̂₀ is y where that is known; each level then holds α y + σ·noise there (Song et al. 2021b, I.2)."
     known: jax.Array  # (B, H, W, C): y, the known part; 0 elsewhere
     mask: jax.Array  # (B, H, W, 1), or 1 for B: 1 where it is known, 0 elsewhere
 
@@ -107,7 +107,7 @@ class Replaced(EditedDenoiser):
 
 # %% ../../nbs/67_inpainting.ipynb #864ff38c
 class ResamplingSampler(DiffusionSampler):
-    "Any solver; before each step, `rounds` times one level down by chance and up again by fresh noise (RePaint)."
+    "Any solver; before each step, `rounds` times down by chance and up again by fresh noise (RePaint)."
     def __init__(self,
                  sampler: Any,  # a `DiffusionSampler`: the solver
                  rounds: int = 4,  # times down and up at each level: so many network calls more
@@ -159,6 +159,7 @@ class ResamplingSampler(DiffusionSampler):
         "The solver's; `state` holds its own plan since `before_denoising`."
         return self.solver.step(x, x0, eps, t, s, state)
 
+# %% ../../nbs/67_inpainting.ipynb #ac794062
 @lru_cache(maxsize=4)  # the object keeps its compiled programs
 def resampled(
     sampler: Any,  # a `DiffusionSampler`

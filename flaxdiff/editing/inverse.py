@@ -68,7 +68,7 @@ class Grey:
 
 # %% ../../nbs/68_inverse.ipynb #43c8fd8b
 def conjugate_gradients(
-    apply: Callable[..., Any],  # (B, …) -> (B, …): a symmetric matrix without negative eigenvalues, for each row
+    apply: Callable[..., Any],  # (B, …) -> (B, …): for each row a symmetric matrix, not negative
     b: jax.Array,  # (B, …)
     iterations: int,  # how many products with the matrix
 ) -> jax.Array:
