@@ -230,6 +230,7 @@ def check_texts(
                          "label_names, and the data have neither")
     return np.array([str(text) for text in texts], object)
 
+# %% ../../nbs/27_arrays.ipynb #7dbcb9e3
 def array_stream(
     arrays,  # an `Arrays`
     batch_size,  # B, of all hosts together
@@ -289,6 +290,7 @@ class PictureTable:
         example["image"] = picture["bytes"] or Path(picture["path"]).read_bytes()
         return example
 
+# %% ../../nbs/27_arrays.ipynb #a46ed334
 def open_table(
     path,  # a folder that `save_to_disk` wrote
     split="all",  # parts of it such as "train+test"; all, one after the other, by default

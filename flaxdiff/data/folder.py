@@ -417,6 +417,7 @@ def measure_pictures(
     with ThreadPoolExecutor(4 * reading_threads()) as pool:
         return list(pool.map(measure, range(len(source))))
 
+# %% ../../nbs/26_folders.ipynb #f9779b97
 def bucket_stream(
     source,  # random access to {"image": bytes, …}
     prepare,  # a `PrepareImage`

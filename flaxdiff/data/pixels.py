@@ -54,6 +54,7 @@ def read_orientation(
     except Exception:  # EXIF data that cannot be read turn nothing
         return 1
 
+# %% ../../nbs/25_pixels.ipynb #320ced85
 def picture_size(
     file,  # a path, or an open file
 ) -> tuple[int, int]:
@@ -110,6 +111,7 @@ def resize_plane(
     picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
+# %% ../../nbs/25_pixels.ipynb #980d8488
 def both_sides(
     size,  # one number, or (height, width)
 ) -> tuple[int, int]:
@@ -193,6 +195,7 @@ def draw_text(
         raise ValueError("rng must be a NumPy generator where a picture has several captions, got None")
     return text[int(rng.integers(len(text)))]
 
+# %% ../../nbs/25_pixels.ipynb #9fd5feb5
 class PrepareImage:
     "One stored picture as float32 in [-1, 1]: a square of it, resized, with the channels asked for."
     def __init__(self,
