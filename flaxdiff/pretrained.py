@@ -309,6 +309,7 @@ def check_texts(
     if not is_card or not all(isinstance(word, str) for row in card.items() for word in row):
         raise ValueError(f"card must be a dict of texts, such as {{'licence': 'MIT'}}, got {card!r}")
 
+# %% ../nbs/46_pretrained.ipynb #e292fd03
 def check_parts(
     parts: Mapping[str, Any],  # network, schedule and predictor by name
     params: Any,  # the network's parameters
@@ -516,6 +517,7 @@ def load_params(
     folder = find_model(path_or_name)
     return read_weights(folder / "model.safetensors", read_description(folder / "config.json"))[0]
 
+# %% ../nbs/46_pretrained.ipynb #414dff89
 def load_model(
     path_or_name: str | Path,  # a folder that `save_model` wrote, or the name of a shipped model
     model: Any = None,  # a network to use in place of the one that the folder names

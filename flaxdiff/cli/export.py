@@ -98,9 +98,11 @@ def export_run(
         raise ValueError(f"RUN must be a folder that flaxdiff-train wrote, {args.run} has no config.json")
     path = local_path("PATH", args.path)
     model, step = run_model(args.run, args.checkpoint)
-    card = make_card(run, read_config(run / "config.json"), step, args.card)
+    config = read_config(run / "config.json")
+    card = make_card(run, config, step, args.card)
+    conditions = model.conditions or (("label",) if config.labels else ())
     save_model(path, model.model, model.params, model.noise_schedule, model.model_output_transform,
-               model.image_shape, card=card, dtype=args.dtype)
+               model.image_shape, model.encoder, card, args.dtype, conditions)
     size = sum(file.stat().st_size for file in path.iterdir())
     count = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{args.path}: {count:,} parameters of step {step}, {size / 1e6:.2f} MB; "
