@@ -341,8 +341,8 @@ def same_process(
         return True
     times = np.linspace(0.1, 1, 5) * a.max_timesteps
     with jax.ensure_compile_time_eval():
-        rates = [(s.alpha(times), s.sigma(times)) for s in (a, b)] if a.max_timesteps == b.max_timesteps else []
-        return bool(rates) and np.allclose(*rates, rtol=1e-4)
+        ours, theirs = ((s.alpha(times), s.sigma(times)) for s in (a, b))
+        return a.max_timesteps == b.max_timesteps and np.allclose(ours, theirs, rtol=1e-4)
 
 class LevelPair(Level):
     "A `Level` that two denoisers read, each in its own way."
