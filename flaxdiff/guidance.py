@@ -86,11 +86,11 @@ class Guidance:
     "A denoiser made of a denoiser: a pytree, called like one; a subclass says what becomes of the answer."
     leaves = ("denoiser",)  # names of the attributes that a program takes as arguments
     neutral: dict[str, float] = {}  # their values that ask for nothing: the program is made without them
-    denoiser: Any
-    noise_schedule: Any
-    model = property(lambda self: self.denoiser.model)
-    params = property(lambda self: self.denoiser.params)
-    model_output_transform = property(lambda self: self.denoiser.model_output_transform)
+    denoiser: Any  # the one inside
+    noise_schedule: Any  # its `NoiseScheduler`
+    model = property(lambda self: self.denoiser.model, doc="The network of the one inside.")
+    params = property(lambda self: self.denoiser.params, doc="Its parameters.")
+    model_output_transform = property(lambda self: self.denoiser.model_output_transform, doc="Its predictor.")
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
