@@ -86,11 +86,11 @@ class Guidance:
     "A denoiser made of a denoiser: a pytree, called like one; a subclass says what becomes of the answer."
     leaves = ("denoiser",)  # names of the attributes that a program takes as arguments
     neutral: dict[str, float] = {}  # their values that ask for nothing: the program is made without them
-    denoiser: Any
-    noise_schedule: Any
-    model = property(lambda self: self.denoiser.model)
-    params = property(lambda self: self.denoiser.params)
-    model_output_transform = property(lambda self: self.denoiser.model_output_transform)
+    denoiser: Any  # the one inside
+    noise_schedule: Any  # its `NoiseScheduler`
+    model = property(lambda self: self.denoiser.model, doc="The network of the one inside.")
+    params = property(lambda self: self.denoiser.params, doc="Its parameters.")
+    model_output_transform = property(lambda self: self.denoiser.model_output_transform, doc="Its predictor.")
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -341,8 +341,8 @@ def same_process(
         return True
     times = np.linspace(0.1, 1, 5) * a.max_timesteps
     with jax.ensure_compile_time_eval():
-        rates = [(s.alpha(times), s.sigma(times)) for s in (a, b)] if a.max_timesteps == b.max_timesteps else []
-        return bool(rates) and np.allclose(*rates, rtol=1e-4)
+        ours, theirs = ((s.alpha(times), s.sigma(times)) for s in (a, b))
+        return a.max_timesteps == b.max_timesteps and np.allclose(ours, theirs, rtol=1e-4)
 
 class LevelPair(Level):
     "A `Level` that two denoisers read, each in its own way."
