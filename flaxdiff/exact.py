@@ -165,7 +165,8 @@ def _mixture_arrays(means, stds, weights):
 
 def _as_labels(label, images, K):
     "`label` as an array of whole numbers; a `ValueError` unless each is in 0 … K. Of a traced one, the type."
-    if np.shape(label) not in ((), (images,)) or not np.issubdtype(jnp.result_type(label), np.integer):
+    kind = label.dtype if hasattr(label, "dtype") else np.asarray(label).dtype
+    if np.shape(label) not in ((), (images,)) or not np.issubdtype(kind, np.integer):
         raise ValueError(f"label must be one whole number, or ({images},) of them, got {label!r}")
     known = True if isinstance(label, Tracer) else (np.asarray(label) >= 0) & (np.asarray(label) <= K)
     if not np.all(known):
