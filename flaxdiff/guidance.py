@@ -88,9 +88,6 @@ class Guidance:
     neutral: dict[str, float] = {}  # their values that ask for nothing: the program is made without them
     denoiser: Any  # the one inside
     noise_schedule: Any  # its `NoiseScheduler`
-    model = property(lambda self: self.denoiser.model, doc="The network of the one inside.")
-    params = property(lambda self: self.denoiser.params, doc="Its parameters.")
-    model_output_transform = property(lambda self: self.denoiser.model_output_transform, doc="Its predictor.")
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -100,6 +97,21 @@ class Guidance:
                  denoiser: Any,  # a `Denoiser`, or another of these
                 ):
         self.denoiser, self.noise_schedule = check_denoiser("denoiser", denoiser)
+
+    @property
+    def model(self) -> Any:
+        "The network of the one inside."
+        return self.denoiser.model
+
+    @property
+    def params(self) -> Any:
+        "The parameters of the one inside."
+        return self.denoiser.params
+
+    @property
+    def model_output_transform(self) -> Any:
+        "The predictor of the one inside."
+        return self.denoiser.model_output_transform
 
     def is_neutral(self,
                    name: str,  # of an attribute

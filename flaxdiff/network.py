@@ -53,7 +53,7 @@ def keywords_of(
 def keywords_of_network(
     model: Any,  # a flax module, or anything with `apply`
 ) -> Keywords:
-    "What its signature says: of the `__call__` of a module, Linen's or a wrapped one of NNX, else of `apply`."
+    "What its signature says: of a module's `__call__`, Linen's or a wrapped one of NNX, else of `apply`."
     if not isinstance(model, nn.Module):
         return keywords_of(model.apply)
     return keywords_of(getattr(model, "nnx_class", type(model)).__call__)

@@ -191,6 +191,7 @@ def draw_images(
     "64 images from the run's own noise."
     return sampler.generate_images(64, 18, rng=config.seed, conditioning=condition)
 
+# %% ../../nbs/54_record.ipynb #8dfdb424
 def is_number(
     value,  # anything
 ):

@@ -78,7 +78,8 @@ def check_asked(
     if args.strength is not None:
         check_real("strength", args.strength, 0, 1, ends="(]")
         if args.mask is not None:
-            raise ValueError("strength must be left out where mask is given: a hole is filled from noise alone")
+            raise ValueError("strength must be left out where mask is given: "
+                             "a hole is filled from noise alone")
 
 # %% ../../nbs/56_request.ipynb #44631210
 def null_of(
@@ -99,6 +100,7 @@ def encode_prompts(
     except ValueError as e:
         raise ValueError(f"prompt cannot be read: {e}") from None
 
+# %% ../../nbs/56_request.ipynb #92d81887
 def make_condition(
     model,  # a `PretrainedModel`
     num,  # how many images
@@ -144,7 +146,8 @@ def read_picture(
         raise ValueError(f"{name} is for models of square images, this one has {H} × {W}")
     try:
         data = local_path(name, path).read_bytes()
-        return PrepareImage(H, C)({"image": data})
+        image: Any = PrepareImage(H, C)({"image": data})
+        return image
     except (OSError, SyntaxError) as e:  # Pillow raises SyntaxError for broken PNGs
         raise ValueError(f"{name} must be a picture, {path} is not: {e}") from None
 

@@ -311,6 +311,7 @@ def _npy(images):
     np.save(file, images, allow_pickle=False)
     return file.getvalue()
 
+# %% ../../nbs/55_sample.ipynb #39c5f5f7
 def sample_run(
     args,  # what `sample_parser` made of the flags
 ):

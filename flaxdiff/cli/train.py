@@ -28,8 +28,8 @@ from . import open_console
 from .cost import (check_fits, check_memory, data_shape, describe_cost, least_bytes,
                                machine_memory, make_network, make_process, measure_cost, text_encoder)
 from .record import (PICTURES, RunRecord, draw_images, is_number, picture_condition,
-                                 picture_format, read_summary, run_folder, run_sampler, save_grid, to_bytes, write_json, write_text,
-                                 write_whole)
+                                 picture_format, read_summary, run_folder, run_sampler, save_grid,
+                                 to_bytes, write_json, write_text, write_whole)
 # Some only for programs that look for them here, where they once stood.
 from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZERO, PREDICTORS,
                                    SCHEDULES, TOPICS, TrainConfig, check_config, check_field,

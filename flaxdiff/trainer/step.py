@@ -292,7 +292,7 @@ def unread_conditions(
     return [name for name, v in zip(rows, program.invars) if id(v) not in read]
 
 # %% ../../nbs/34_step.ipynb #4d0ac11a
-DROPOUT = 0.1  # the share of examples that lose their condition, where a null one is known (Ho & Salimans 2022)
+DROPOUT = 0.1  # the share of examples without their condition, where a null one is known (Ho & Salimans 2022)
 
 def null_row(
     name: str,  # of a condition
