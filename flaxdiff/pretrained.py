@@ -506,7 +506,10 @@ def read_weights(
     if file_sha256(path) != config["sha256"]:
         raise ValueError(f"{path} is damaged, or of another model: config.json has another SHA-256 of it")
     narrow = None if config["halved"] is None else jnp.dtype(config["halved"])
-    tensors, null = split_null(read_tensors(path), config)
+    try:
+        tensors, null = split_null(read_tensors(path), config)
+    except ValueError as e:
+        raise ValueError(f"{path.with_name('config.json')} and {path.name} do not make a model: {e}") from e
     return nest({name: jnp.asarray(x, jnp.float32 if x.dtype == narrow else None)
                  for name, x in tensors.items()}), null
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REQUESTS', 'parse_labels', 'add_request', 'check_asked', 'null_of', 'encode_prompts', 'make_condition',
-           'make_denoiser', 'read_picture', 'draw']
+           'make_denoiser', 'read_picture', 'draw_request']
 
 # %% ../../nbs/56_request.ipynb #0ffc55bf
 import argparse
@@ -151,7 +151,7 @@ def read_picture(
     except (OSError, SyntaxError) as e:  # Pillow raises SyntaxError for broken PNGs
         raise ValueError(f"{name} must be a picture, {path} is not: {e}") from None
 
-def draw(
+def draw_request(
     sampler,  # a `DiffusionSampler`
     args,  # what the parser made of the flags
     shape,  # (H, W, C) of an image

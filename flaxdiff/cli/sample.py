@@ -22,7 +22,7 @@ import numpy as np
 
 # %% ../../nbs/55_sample.ipynb #25f9025e
 from . import CommandParser, open_console
-from .request import REQUESTS, add_request, check_asked, draw, make_condition, make_denoiser
+from .request import REQUESTS, add_request, check_asked, draw_request, make_condition, make_denoiser
 from .train import (build_trainer, check_config, check_memory, data_shape, local_path, make_network,
                                 make_process, picture_format, read_config, run_command, save_grid,
                                 text_encoder, write_whole)
@@ -330,7 +330,7 @@ def sample_run(
     grid = choose_grid(args, name, implied_grid, model.noise_schedule)
     _warn(name, args.steps)
     bar = sys.stderr.isatty()
-    images = np.asarray(draw(sampler, args, model.image_shape, condition, GRIDS[grid], bar))
+    images = np.asarray(draw_request(sampler, args, model.image_shape, condition, GRIDS[grid], bar))
     save_grid(local_path("--out", args.out), images)
     if args.save:
         write_whole(local_path("--save", args.save), lambda partial: partial.write_bytes(_npy(images)))

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'EditedDenoiser', 'with_denoiser', 'Replaced', 'Resampling
 
 # %% ../../nbs/49_inpainting.ipynb #36c5e73a
 import copy
-from functools import lru_cache
 from typing import Any
 
 import flax.struct
@@ -160,13 +159,15 @@ class ResamplingSampler(DiffusionSampler):
         return self.solver.step(x, x0, eps, t, s, state)
 
 # %% ../../nbs/49_inpainting.ipynb #ac794062
-@lru_cache(maxsize=4)  # the object keeps its compiled programs
 def resampled(
     sampler: Any,  # a `DiffusionSampler`
     rounds: int,  # times down and up at each level
 ) -> ResamplingSampler:
-    "The `ResamplingSampler` of this solver: the same object when asked again."
-    return ResamplingSampler(sampler, rounds)
+    "The `ResamplingSampler` of this solver, which keeps it with its compiled programs, as long as it lives."
+    kept = vars(sampler).setdefault("resampled", {})
+    if rounds not in kept:
+        kept[rounds] = ResamplingSampler(sampler, rounds)
+    return kept[rounds]
 
 # %% ../../nbs/49_inpainting.ipynb #60add192
 class ReconstructionGuided(Replaced):
