@@ -514,7 +514,7 @@ def test_the_constructor_says_its_arguments():
     names = list(inspect.signature(DiffusionTrainer).parameters)
     assert names == ["model", "optimizer", "noise_schedule", "rngs", "name", "model_output_transform", "ema_decay", "ema_profiles", "loss_weight", "uncertainty",
                      "time_density", "flip", "augment", "learn_variance", "devices", "how", "accumulate", "steps_per_dispatch", "max_skipped",
-                     "checkpoint_dir", "checkpoint_every", "max_to_keep", "loss", "learning_rate", "fsdp"]
+                     "checkpoint_dir", "checkpoint_every", "max_to_keep", "loss", "learning_rate", "fsdp", "condition_dropout", "null_condition"]
 
 
 def test_a_step_is_a_pure_function():

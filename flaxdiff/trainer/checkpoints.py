@@ -403,8 +403,9 @@ def _fitting(manager, step, record, like, fresh_optimizer):
         raise OtherNetwork(f"checkpoint_dir={manager.directory} holds another network or optimizer: "
                            f"{'; '.join(said[:3])}{more}{hint}")
     if fresh_optimizer:
-        log.warning("checkpoint %s is restored but for the optimizer, which starts afresh (%s)", step,
-                    said[0] if said else "as asked")
+        level = logging.WARNING if said else logging.INFO
+        log.log(level, "checkpoint %s is restored but for the optimizer, which starts afresh (%s)", step,
+                said[0] if said else "as asked")
     return _read_arrays(manager, step, record)
 
 def _fill(like, arrays, fresh_optimizer):
