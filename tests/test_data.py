@@ -1356,7 +1356,8 @@ def test_a_shuffle_is_made_once_an_epoch(monkeypatch):
     monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or default_rng(seed))
     data = ImageStream(np.arange(1000), None, 30)
     line = np.concatenate(take(data, 100))  # three epochs, by batches that run over their ends
-    assert made == [(0, 0), (0, 1), (0, 2)]
+    shuffles = [seed for seed in made if len(seed) == 2]  # readers of other tests may still draw crops, by three numbers
+    assert shuffles == [(0, 0), (0, 1), (0, 2)]
     data.set_state({**data.get_state(), "position": 990})
     assert np.array_equal(next(data), line[990:1020])
     monkeypatch.undo()
