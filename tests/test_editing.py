@@ -135,7 +135,10 @@ def test_operators():
 
 # ---------------------------------------------------------------- filling holes
 
-@over(cls=SAMPLER_CLASSES)
+AT_ONCE = ("EulerSampler", "HeunSampler", "DDPMSampler", "DPMSolverPlusPlusSampler", "UniPCSampler", "EDMSampler")  # the others wait for --slow
+
+
+@pytest.mark.parametrize("cls", [pytest.param(cls, id=name, marks=[] if name in AT_ONCE else [pytest.mark.slow]) for name, cls in SAMPLER_CLASSES.items()])
 @pytest.mark.parametrize("method", ["repaint", *(pytest.param(method, marks=pytest.mark.slow) for method in ("replace", "guided"))])
 def test_kept_pixels_come_back_bit_for_bit(cls, method):
     "With every solver; the holes are filled with something else than lay there."
