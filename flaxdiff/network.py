@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # %% ../nbs/24_any_network.ipynb #dcb4e30f
 class Network(Protocol):
@@ -186,20 +187,27 @@ class NetworkCall:
 def null_of(
     model: Any,  # a network
 ) -> dict[str, Any]:
-    "The null condition that a network carries, by name and without the batch axis; {} where it has none."
-    return dict(getattr(model, "null_condition", None) or {})
+    "What a network, or the one it wraps, carries for no condition: by name, without the batch axis; or {}."
+    own = getattr(model, "null_condition", None)
+    if not own and hasattr(model, "module"):
+        return null_of(model.module)
+    return dict(own or {})
 
 def check_null(
     null: Any,  # a dict of arrays by name, or None
+    argument: str = "null_condition",  # what the error should call it
 ) -> dict[str, Any]:
-    "A dict of NumPy arrays; a `ValueError` for anything but finite numbers by name."
+    "A dict of NumPy arrays, or of traced ones; a `ValueError` for anything but finite numbers by name."
     if null is not None and not isinstance(null, Mapping):
-        raise ValueError(f"null_condition must be a dict of arrays by name, got {null!r}")
-    arrays = {name: np.asarray(value) for name, value in (null or {}).items()}
+        raise ValueError(f"{argument} must be a dict of arrays by name, got {null!r}")
+    arrays = {name: value if isinstance(value, Tracer) else np.asarray(value)
+              for name, value in (null or {}).items()}
     for name, value in arrays.items():
         is_number = jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool
-        if not isinstance(name, str) or not is_number or not np.isfinite(value.astype(np.float32)).all():
-            raise ValueError(f"null_condition must be finite numbers by name, got {value!r} for {name!r}")
+        known = is_number and not isinstance(value, Tracer)
+        is_finite = not known or np.isfinite(value.astype(np.float32)).all()
+        if not isinstance(name, str) or not is_number or not is_finite:
+            raise ValueError(f"{argument} must be finite numbers by name, got {value!r} for {name!r}")
     return arrays
 
 # %% ../nbs/24_any_network.ipynb #8ea6633b

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdiff.denoiser import Denoiser, with_params
 from flaxdiff.editing import Blur, Downsample, Grey, Keep, Posterior, encode, image_to_image, inpaint, invert_and_edit, slerp, solve_inverse
 from flaxdiff.editing.inpainting import Replaced, ResamplingSampler, with_denoiser
 from flaxdiff.editing.inverse import check_operator, conjugate_gradients
 from flaxdiff.exact import ExactModel, Gaussian
 from flaxdiff.samplers import DDIMSampler, DPMSolverPlusPlusSampler, EDMSampler, EulerAncestralSampler, HeunSampler
-from laws import EACH_KIND, PREDICTORS, SAMPLER_CLASSES, SCHEDULES, ZERO_SNR, Wave, default_predictor, over, x64
+from laws import EACH_KIND, PREDICTORS, SAMPLER_CLASSES, SCHEDULES, WAVE, ZERO_SNR, Wave, default_predictor, over, x64
 
 EDM, ROW = SCHEDULES["EDMNoiseScheduler"], PREDICTORS["KarrasEDMPredictor"]
 D = 8
@@ -105,6 +106,20 @@ def test_variance_of_the_data_in_place_of_the_slope(x64):
     for t in (0.1, 0.5, 0.9): np.testing.assert_allclose(a(x, t)[0], b(x, t)[0], atol=1e-12)
 
 
+def test_an_edited_denoiser_is_called_and_given_weights_like_any_other(x64):
+    "What does not fit is refused by name; other weights reach the network through it."
+    denoiser = Denoiser(WAVE, {"w": np.float64(0.3)}, EDM, PREDICTORS["VPredictor"])
+    known = jnp.ones((2, 4, 4, 1))
+    edited = Replaced(denoiser, EDM, known, jnp.zeros((1, 4, 4, 1)))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    for bad, named in (((x, [0.1, 0.2, 0.3]), "^t must"), ((x, 0.5, {"label": np.zeros(3)}), "^conditioning must"), ((np.ones((2, 4, 4, 1), int), 0.5), "^x must")):
+        with pytest.raises(ValueError, match=named): edited(*bad)
+    other = {"w": np.float64(0.9)}
+    want = Denoiser(WAVE, other, EDM, PREDICTORS["VPredictor"])(x, 0.5)
+    for a, b in zip(with_params(edited, other)(x, 0.5), want): np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert np.abs(edited(x, 0.5)[0] - want[0]).max() > 1e-3 and edited.params["w"] == 0.3
+
+
 def test_conjugate_gradients(x64):
     "Each row for itself; a zero row, a singular but consistent one, and one with no curvature stay finite."
     M = np.random.default_rng(0).normal(size=(4, 5, 5))
@@ -123,10 +138,10 @@ def test_operators():
     x = pictures(side=8, channels=3)
     np.testing.assert_allclose(Downsample(4)(x)[1, 1, 0, 2], x[1, 4:, :4, 2].mean(), rtol=1e-6)
     np.testing.assert_allclose(Blur(1.5)(jnp.ones((1, 8, 8, 1))), 1, rtol=1e-6)
-    bright = np.zeros((1, 9, 9, 1), np.float32)
-    bright[0, 4, 4] = 1
+    bright = np.zeros((1, 21, 21, 1), np.float32)  # far from the edges, where the kernel is cut and its rest made to sum to 1
+    bright[0, 10, 10] = 1
     spot = np.asarray(Blur(1.0)(bright))[0, ..., 0]
-    np.testing.assert_allclose(spot[4, 5] / spot[4, 4], np.exp(-0.5), rtol=1e-3)
+    np.testing.assert_allclose(spot[10, 11] / spot[10, 10], np.exp(-0.5), rtol=1e-6)
     assert Grey()(x).shape == (2, 8, 8, 1) and np.allclose(Grey()(jnp.ones((1, 2, 2, 3))), 1)
     assert Downsample(4) == Downsample(4) and hash(Blur(1.0)) == hash(Blur(1.0))  # so that programs are found again
     for operator in (Downsample(2), Blur(1.0), Grey(), Keep(np.eye(8)[..., None]), lambda x: 3 * x[:, 1:]):
@@ -246,13 +261,14 @@ def test_the_weaker_the_nearer(schedule):
     assert far[0] < 0.04 and far[0] < far[1] < far[2]
 
 
-@pytest.mark.parametrize("cls, ratio", [(DDIMSampler, 1.7), (HeunSampler, 3.0)])
+@pytest.mark.parametrize("cls, ratio", [(DDIMSampler, 1.9), (HeunSampler, 3.6)])
 def test_there_and_back_is_the_identity_to_the_solvers_order(cls, ratio, x64):
+    "Twice the levels: half the error, or a quarter. (Below 128 levels the steps near σ = 0 hide Heun's order: 2.4, 3.1, then 5.9, 7.6.)"
     schedule = SCHEDULES["CosineContinuousNoiseScheduler"]
     sampler = gaussian_sampler(cls, schedule)
     images = np.clip(np.asarray(DATA.sample(jax.random.PRNGKey(0), 4)), -1, 1).reshape(-1, 1, D, 1)
     off = []
-    for N in (64, 128):
+    for N in (128, 256):
         noise = encode(sampler, images, N, 0.9)
         off.append(float(np.abs(np.asarray(sampler.generate_images(priors=noise, diffusion_steps=N, start_step=900)) - images).max()))
     assert off[1] < 0.05 and off[0] / off[1] > ratio

@@ -276,7 +276,7 @@ def run_command(
     "Run a command; an error meant for people is one line on stderr, and the status 2 (1: a run stopped)."
     try:
         return run()
-    except (ValueError, NotImplementedError) as e:
+    except ValueError as e:
         status, text = 2, name_flag(e, flags)
     except (TrainingDiverged, CheckpointError, OSError) as e:
         status, text = 1, str(e)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from .pixels import PrepareImage
-from .stream import check_memory, mix_streams
+from .stream import check_memory
 
 # %% ../../nbs/43_captions.ipynb #025a36f2
 def read_ink(

@@ -15,73 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..denoiser import Level
+from ..denoiser import Level, WrappedDenoiser, ask, shift_x0
 from .paths import check_pictures
 from ..samplers.common import DiffusionSampler, prior_std
 from ..schedulers.common import NoiseScheduler
 from ..utils import as_key, check_choice, check_positive_int, check_real, per_image
 
 # %% ../../nbs/49_inpainting.ipynb #7db9edc2
-class EditedDenoiser(flax.struct.PyTreeNode):
-    "A denoiser made of a denoiser, and called like one; a subclass says, in `at`, what it answers."
+class EditedDenoiser(WrappedDenoiser, flax.struct.PyTreeNode):
+    "A denoiser made of a denoiser, as a pytree of its fields; a subclass says, in `at`, what it answers."
     denoiser: Any  # the one it is made of
     noise_schedule: NoiseScheduler = flax.struct.field(pytree_node=False)  # its schedule
-
-    @property
-    def model(self) -> Any:
-        "The network, if the inner denoiser has one."
-        return getattr(self.denoiser, "model", None)
-
-    @property
-    def params(self) -> Any:
-        "The network's parameters, if the inner denoiser has them."
-        return getattr(self.denoiser, "params", None)
-
-    def level(self,
-              t: Any,  # scalar or (N,): times
-             ) -> Level:
-        "The inner denoiser's `Level` of a time, or a table of them."
-        if hasattr(self.denoiser, "level"):
-            return self.denoiser.level(t)
-        return Level(t, self.noise_schedule.alpha(t), self.noise_schedule.sigma(t))
-
-    def ask(self,
-            x: jax.Array,  # (B, …): noisy images
-            level: Level,  # theirs, of scalars or (B,)
-            conditioning: Any = (),  # a dict or a tuple of arrays, each (B, …)
-           ) -> tuple[Any, Any]:
-        "(x̂₀, second half of the channels or None) of the inner denoiser."
-        if hasattr(self.denoiser, "at"):
-            x0, _, second_half = self.denoiser.at(x, level, conditioning)
-            return x0, second_half
-        return self.denoiser(x, level.time, conditioning)[0], None
-
-    def answer(self,
-               x: jax.Array,  # (B, …): noisy images
-               x0: jax.Array,  # (B, …): the new x̂₀
-               level: Level,  # of scalars or (B,)
-               second_half: Any = None,  # handed on
-              ) -> tuple[Any, Any, Any]:
-        "(x̂₀, ε̂ = (x - α x̂₀)/σ, second half): the noise that goes with a changed x̂₀."
-        eps = (x - per_image(level.alpha, x) * x0) / per_image(level.sigma, x)
-        return x0.astype(x.dtype), eps.astype(x.dtype), second_half
-
-    def at(self,
-           x: jax.Array,  # (B, …): noisy images
-           level: Level,  # theirs, of scalars or (B,)
-           conditioning: Any = (),  # a dict or a tuple of arrays, each (B, …)
-          ) -> tuple[Any, Any, Any]:
-        "(x̂₀, ε̂, second half of the channels or None)."
-        raise NotImplementedError(f"{type(self).__name__} must define at(x, level, conditioning)")
-
-    def __call__(self,
-                 x: Any,  # (B, …): noisy images x_t
-                 t: Any,  # scalar or (B,): their time
-                 conditioning: Any = (),  # a dict or a tuple of arrays, each (B, …)
-                ) -> tuple[jax.Array, jax.Array]:
-        "(x̂₀, ε̂), each of x's shape."
-        x0, eps, _ = self.at(jnp.asarray(x), self.level(self.noise_schedule.as_times(t)), conditioning)
-        return x0, eps
 
 # %% ../../nbs/49_inpainting.ipynb #75f85053
 def with_denoiser(
@@ -101,8 +45,8 @@ class Replaced(EditedDenoiser):
 
     def at(self, x, level, conditioning=()):
         "The inner answer, with y put over it."
-        x0, second_half = self.ask(x, level, conditioning)
-        return self.answer(x, jnp.where(self.mask == 1, self.known, x0), level, second_half)
+        answered = ask(self.denoiser, x, level, conditioning)
+        return shift_x0(answered, jnp.where(self.mask == 1, self.known, answered[0]), level)
 
 # %% ../../nbs/49_inpainting.ipynb #864ff38c
 class ResamplingSampler(DiffusionSampler):
@@ -177,12 +121,12 @@ class ReconstructionGuided(Replaced):
     def at(self, x, level, conditioning=()):
         "One call of the network, and its gradient."
         def distance(x):
-            x0, second_half = self.ask(x, level, conditioning)
-            return jnp.sum(self.mask * (self.known - x0) ** 2), (x0, second_half)
+            answered = ask(self.denoiser, x, level, conditioning)
+            return jnp.sum(self.mask * (self.known - answered[0]) ** 2), answered
 
-        slope, (x0, second_half) = jax.grad(distance, has_aux=True)(x)
-        x0 = x0 - self.weight * per_image(level.alpha, x) / 2 * slope
-        return self.answer(x, jnp.where(self.mask == 1, self.known, x0), level, second_half)
+        slope, answered = jax.grad(distance, has_aux=True)(x)
+        x0 = answered[0] - self.weight * per_image(level.alpha, x) / 2 * slope
+        return shift_x0(answered, jnp.where(self.mask == 1, self.known, x0), level)
 
 # %% ../../nbs/49_inpainting.ipynb #9657046b
 def check_mask(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..denoiser import ask, shift_x0
 from .inpainting import EditedDenoiser, with_denoiser
 from ..samplers.common import DiffusionSampler, image_shape
 from ..utils import check_floats, check_positive_int, check_real, check_shape, per_image
@@ -106,7 +107,11 @@ class Posterior(EditedDenoiser):
 
     def at(self, x, level, conditioning=()):
         "One call of the network, and its gradient once or twice an iteration."
-        x0, pull, second_half = jax.vjp(lambda x: self.ask(x, level, conditioning), x, has_aux=True)
+        def guess_x0(x):
+            answered = ask(self.denoiser, x, level, conditioning)
+            return answered[0], answered
+
+        x0, pull, answered = jax.vjp(guess_x0, x, has_aux=True)
         seen, transpose = jax.vjp(self.operator, x0)
         alpha, sigma = per_image(level.alpha, x), per_image(level.sigma, x)
         scale = jnp.where(alpha > 0, sigma ** 2 / jnp.where(alpha > 0, alpha, 1), 0)  # pure noise tells no C
@@ -121,8 +126,8 @@ class Posterior(EditedDenoiser):
             v = transpose(u)[0]
             return self.operator(covariance(v) if self.variance is None else guess(v)) + self.sigma ** 2 * u
 
-        u = conjugate_gradients(system, self.measurement - seen, self.iterations)
-        return self.answer(x, x0 + covariance(transpose(u)[0]), level, second_half)
+        u = conjugate_gradients(system, (self.measurement - seen).astype(seen.dtype), self.iterations)
+        return shift_x0(answered, x0 + covariance(transpose(u)[0]), level)
 
 # %% ../../nbs/50_inverse.ipynb #bc61c20e
 def check_operator(

@@ -21,8 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from tqdm.auto import tqdm
 
-from ..denoiser import Level, as_denoiser, check_conditioning
-from ..guidance import guide, with_params
+from ..denoiser import Level, as_denoiser, ask as ask_denoiser, check_conditioning, level_of, with_params
+from ..guidance import guide
 from .grids import check_resolution, check_steps, make_steps
 from ..utils import (NoRandomKey, RandomMarkovState, as_key, check_flag, check_floats,
                             check_positive_int, check_shape, clip_images)
@@ -127,9 +127,7 @@ def make_ask(
     def ask(x, level) -> tuple[Any, ...]:
         if not isinstance(level, Level):
             level = sampler.level(jnp.asarray(level))
-        if hasattr(denoiser, "at"):
-            return denoiser.at(x, level, conditioning)
-        return *denoiser(x, level.time, conditioning), None
+        return ask_denoiser(denoiser, x, level, conditioning)
     return ask
 
 # %% ../../nbs/05_sampling.ipynb #e127f480
@@ -197,7 +195,7 @@ def walk(
 
     def visit(carry, row):
         if progress:
-            jax.debug.callback(partial(count_step, sampler), row[0])
+            jax.debug.callback(partial(count_step, sampler))
         if sampler.starts_pure:  # where α = 0 every solver takes DDIM's step, and no memory: σ/α is infinite
             return jax.lax.cond(row[1].alpha == 0, leave_pure_noise, one_step, carry, row)
         return one_step(carry, row)
@@ -353,7 +351,6 @@ def run_with_bar(
 
 def count_step(
     sampler,  # the one whose bar it is
-    number,  # of the step that begins, from 0
 ):
     "One step more on the bar."
     sampler.bar.update()
@@ -395,9 +392,7 @@ class DiffusionSampler(Solver):
               t,  # scalar or (N,): times
              ):
         "The `Level` of a time, or a table of them."
-        if hasattr(self.denoiser, "level"):
-            return self.denoiser.level(t)
-        return Level(t, self.noise_schedule.alpha(t), self.noise_schedule.sigma(t))
+        return level_of(self.denoiser, self.noise_schedule, t)
 
     def check_steps(self,
                     steps,  # (N,): times

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extra_line', 'activations', 'leaf_names', 'texts_at_a_time', 'minilm_folder', 'read_tokenizer', 'split_ids',
-           'split_heads', 'BertLayer', 'Bert', 'weight_files', 'read_tensors', 'take_weights', 'bert_modules',
+           'split_heads', 'look', 'BertLayer', 'Bert', 'weight_files', 'read_tensors', 'take_weights', 'bert_modules',
            'setting', 'read_bert', 'embed_with', 'check_tokens', 'load_bert', 'load_minilm']
 
 # %% ../../nbs/45_bert.ipynb #1656e11c
@@ -84,6 +84,17 @@ def split_heads(
     "(B, M, heads, E / heads)."
     return rearrange(h, "b m (h d) -> b m h d", h=heads)
 
+def look(
+    h: jax.Array,  # (B, M, E): the tokens
+    heads: int,  # must divide E
+    attend: Callable[..., jax.Array],  # (query, key, value), each (B, M, heads, d) -> the same
+) -> jax.Array:
+    "(B, M, E): what the tokens see in one another; for the inside of a layer, which gets four dense ones."
+    names = ("query", "key", "value")
+    q, k, v = (split_heads(nn.Dense(h.shape[-1], name=name)(h), heads) for name in names)
+    looked = rearrange(attend(q, k, v), "b m h d -> b m (h d)")
+    return nn.Dense(h.shape[-1], name="out")(looked)
+
 # %% ../../nbs/45_bert.ipynb #02045f1c
 class BertLayer(nn.Module):
     "Tokens look at tokens (2), then each thinks for itself (3); both are added, and normalised."
@@ -100,10 +111,7 @@ class BertLayer(nn.Module):
         "(B, M, E)."
         features = h.shape[-1]
         def norm(h, name): return nn.LayerNorm(self.eps, use_fast_variance=False, name=name)(h)
-        names = ("query", "key", "value")
-        q, k, v = (split_heads(nn.Dense(features, name=name)(h), self.heads) for name in names)
-        looked = rearrange(attention(q, k, v, mask=mask), "b m h d -> b m (h d)")
-        h = norm(h + nn.Dense(features, name="out")(looked), "norm_attention")
+        h = norm(h + look(h, self.heads, partial(attention, mask=mask)), "norm_attention")
         wide = activations[self.activation](nn.Dense(self.hidden, name="wide")(h))
         return norm(h + nn.Dense(features, name="narrow")(wide), "norm")
 

@@ -18,10 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
-from .bert import (activations, check_tokens, embed_with, read_tensors, read_tokenizer, setting,
-                                split_heads, split_ids, take_weights)
+from .bert import (activations, check_tokens, embed_with, look, read_tensors, read_tokenizer,
+                                setting, split_ids, take_weights)
 from .encoders import TextEncoder, full_name, read_config, text_encoders
 from ..utils import check_choice
 
@@ -64,11 +63,7 @@ class ClipLayer(nn.Module):
         "(B, M, E)."
         features = h.shape[-1]
         def norm(h, name): return nn.LayerNorm(self.eps, use_fast_variance=False, name=name)(h)
-        calm = norm(h, "norm_attention")
-        names = ("query", "key", "value")
-        q, k, v = (split_heads(nn.Dense(features, name=name)(calm), self.heads) for name in names)
-        looked = rearrange(causal_attention(q, k, v, mask), "b m h d -> b m (h d)")
-        h = h + nn.Dense(features, name="out")(looked)
+        h = h + look(norm(h, "norm_attention"), self.heads, partial(causal_attention, mask=mask))
         wide = nn.Dense(self.hidden, name="wide")(norm(h, "norm"))
         return h + nn.Dense(features, name="narrow")(clip_activations[self.activation](wide))
 
