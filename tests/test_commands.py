@@ -647,6 +647,24 @@ def test_the_pictures_may_move(tmp_path, capsys):
     assert config.dataset == f"folder:{there}" and json.loads((out / "summary.json").read_text())["steps"] == 6
 
 
+def test_high_and_wide_pictures_with_captions(tmp_path, capsys):
+    "Cut to a few shapes, read by a process, their captions encoded once: and none of it hinders a resume."
+    folder, cache, out = pictures(tmp_path / "pictures", 24, 32), tmp_path / "cache", tmp_path / "run"
+    for i, path in enumerate(sorted(folder.glob("*.png"))):
+        if i % 2: PIL.Image.open(path).crop((0, 0, 32, 14)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {i}")
+    words = [*STEADY, "--image-size", 16, "--channels", 1, "--recipe", "digits", "--batch-size", 8, "--steps", 4, "--text", "letters,tokens=4",
+             "--dataset", f"folder:{folder}", "--crop", "bucket", "--caption-cache", cache]
+    command([*words, "--workers", 1], out)
+    assert list(cache.rglob("*.npz"))
+    command(["--resume", "--steps", 6, "--workers", 0], out)
+    told = json.loads((out / "summary.json").read_text())
+    assert told["steps"] == 6 and np.isfinite(told["loss"])
+    refused(train_main, ["--out", out, "--resume", "--steps", "8", "--crop", "random"], "--crop", capsys)
+    refused(train_main, ["--out", tmp_path / "no", "--dataset", "digits", "--crop", "bucket"], "--crop", capsys)
+    refused(train_main, ["--out", tmp_path / "no", "--caption-cache", "here"], "--caption-cache", capsys)
+
+
 def test_rows_with_new_columns(finished, tmp_path):
     "An evaluation adds to a row: the table gets a column, and older rows nothing in it."
     history = [{"step": 1, "loss": 0.5, "gradient": None, "skipped": 0, "images_per_second": 9.0}]

@@ -18,6 +18,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from sklearn import datasets
@@ -28,6 +29,10 @@ from flaxdiff.data import pixels as module_pixels
 from flaxdiff.data import tfds as module
 from flaxdiff.data import (FileStream, ImageFolder, ImageStream, PrepareImage, TFDSStream, apply_augmentation, augment_image, augmentation_labels,
                            draw_augmentation, get_dataset, load_digits, prefetch_to_device, warp_image)
+from flaxdiff.models.simple_unet import SimpleUNet
+from flaxdiff.predictors import KarrasEDMPredictor
+from flaxdiff.schedulers import EDMNoiseScheduler
+from flaxdiff.trainer import DiffusionTrainer
 
 # Pictures of which only the middle square has the colour (10 i, 200, 255 - 10 i); all around it is black.
 RECIPES = """
@@ -1789,3 +1794,29 @@ def test_damage_in_all_buckets_is_counted_together(aspects):
     assert sorted(data.damaged.values()) == ["00.png", "01.png", "08.png", "12.png"]
     with pytest.raises(ValueError, match="of 17 examples are damaged, where max_damaged is 3|damaged"): take(get_dataset(f"folder:{aspects}", 4, 32, crop="bucket", max_damaged=3)[0], 40)
     with pytest.raises(ValueError, match="^crop must be 'centre' for name='digits'"): get_dataset("digits", crop="bucket")
+
+
+def test_a_trainer_takes_the_shapes_that_the_buckets_have_and_no_others(aspects, tmp_path):
+    def trainer(**rest):
+        network = SimpleUNet(output_channels=3, emb_features=16, feature_depths=(8, 8), attention_configs=(None, None), num_res_blocks=1, norm_groups=4)
+        made = DiffusionTrainer(network, optax.sgd(1e-3), EDMNoiseScheduler(), rngs=3, model_output_transform=KarrasEDMPredictor(), **rest)
+        made.initialize(np.zeros((4, 32, 32, 3), np.float32))  # what is drawn is square
+        return made
+    def open(): return get_dataset(f"folder:{aspects}", 4, 32, crop="bucket", seed=2)[0]
+    whole, cut = trainer(), trainer(checkpoint_dir=tmp_path / "run")
+    shapes = {batch.shape for batch in take(open(), 9)}
+    assert shapes == {(4, *shape, 3) for shape in open().shapes} and len(shapes) == 3
+    whole.fit(open(), 9, progress=False)
+    data = open()
+    cut.fit(data, 4, progress=False)
+    cut.save(data)
+    again, data = trainer(checkpoint_dir=tmp_path / "run"), open()
+    assert again.restore(data) == 4
+    again.fit(data, 5, progress=False)
+    for a, b in zip(jax.tree.leaves(whole.state.params), jax.tree.leaves(again.state.params)): np.testing.assert_array_equal(a, b)
+    assert np.isfinite(whole.losses).all() and whole.model.image_shape == (32, 32, 3)
+    with pytest.raises(ValueError, match=r"^data must keep the image shape \(32, 32, 3\) of its first batch, got \(24, 48, 3\)"): whole.train_step(np.zeros((4, 24, 48, 3), np.float32))
+    data = get_dataset(f"folder:{aspects}", 4, 48, crop="bucket")[0]
+    data.shapes = open().shapes
+    with pytest.raises(ValueError, match=r"of its first batch or \d+×\d+"): whole.fit(data, 9, progress=False)
+    with pytest.raises(ValueError, match="^steps_per_dispatch must be 1 for data whose shape changes"): trainer(steps_per_dispatch=2).fit(open(), 4, progress=False)

@@ -44,6 +44,7 @@ LOSSES = {"plain": lambda schedule, sigma_data: None,
           "soft-min-snr": lambda schedule, sigma_data: soft_min_snr_weight(),
           "elbo": lambda schedule, sigma_data: elbo_weight(schedule)}
 CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
+           "crop": ["centre", "random", "bucket"],
            "schedule": list(SCHEDULES), "predictor": list(PREDICTORS), "loss": list(LOSSES),
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
            "how": ["pmap", "shard_map", "jit"]}
@@ -56,14 +57,17 @@ class TrainConfig:
     recipe: str = "digits"  # settings that somebody used for such data; by default as suits its size
     image_size: int | None = None  # pixels; by default 8 for the digits, as stored in arrays, else 64
     channels: int | None = None  # by default 1 for the digits, as stored in arrays, else 3
+    crop: str = "centre"  # the middle square, one at a random place, or bucket: batches of a few other shapes
     flip: bool = False  # mirror half of the images at random
     augment: float = 0.0  # probability of each of EDM's augmentations, such as 0.12
     validation: float = 0.0  # share of the examples held out, on which the loss is measured
     labels: bool = False  # train with the labels of the data set, so that one can ask for a class
     classes: int | None = None  # how many there are; by default as many as the data set names
     text: str | None = None  # train with the captions, read by this encoder: letters, minilm or clip:PATH
+    caption_cache: str | None = None  # the folder for encoded captions; by default ~/.cache/flaxdiff/captions
     condition_dropout: float = 0.1  # share of the examples whose label or caption is left out, for guidance
     data_dir: str | None = None  # the folder of TensorFlow data sets, if it is not theirs
+    workers: int = 0  # processes that read picture files; 0: threads of this one do
     max_damaged: int | None = None  # unreadable examples that stop no run; by default 1 in 100, at least 10
 
     steps: int = 1200  # updates in all
@@ -114,7 +118,7 @@ TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedu
 KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"), bool: (bool, "true or false"),
          str: (str, "a text"), tuple: ((tuple, list), "a list")}
 MAY_BE_ZERO = ("seed", "attention_levels", "warmup", "max_damaged", "ema_decay", "augment", "validation",
-               "optimizer_start", "condition_dropout", "dropout")
+               "optimizer_start", "condition_dropout", "dropout", "workers")
 
 def kind_of(
     annotation,  # of a field of `TrainConfig`
@@ -162,6 +166,12 @@ def check_config(
     if config.labels and config.text is not None:
         raise ValueError(f"text must be left out where labels are trained with, got text={config.text!r}: "
                          "a run learns one of the two")
+    if config.caption_cache is not None and config.text is None:
+        raise ValueError("caption_cache must be left out where no captions are read, got "
+                         f"{config.caption_cache!r}")
+    if config.crop == "bucket" and config.steps_per_dispatch > 1:
+        raise ValueError("steps_per_dispatch must be 1 for crop='bucket', whose batches change their shape, "
+                         f"got {config.steps_per_dispatch}")
     if config.seed >= 2 ** 32:
         raise ValueError(f"seed must be a whole number from 0 to 4294967295, got {config.seed}")
     most = config.steps - config.optimizer_start
@@ -284,7 +294,8 @@ def merge_settings(
 # %% ../../nbs/52_settings.ipynb #cbfbf4ef
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
               "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp",
-              "max_skipped", "max_damaged", "data_dir")  # by --resume; the folder of a dataset, too
+              "max_skipped", "max_damaged", "data_dir", "workers",
+              "caption_cache")  # by --resume; the folder of a dataset, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer
 
 def _contradiction(name, given, config, hint):

@@ -78,9 +78,13 @@ def open_data(
     data_dir = None if config.data_dir is None else str(local_path("data_dir", config.data_dir))
     options = {"validation": config.validation, "part": part} if config.validation else {}
     if config.text is not None:
+        cache = config.caption_cache
+        options["cache"] = None if cache is None else str(local_path("caption_cache", cache))
         options["encoder"] = text_encoder(config)
-    return get_dataset(name, config.batch_size, size, channels=channels, seed=config.seed,
-                       labels=config.labels, data_dir=data_dir, max_damaged=config.max_damaged, **options)
+    crop = "centre" if part == "validation" else config.crop  # what is measured stays the same
+    return get_dataset(name, config.batch_size, size, channels=channels, seed=config.seed, crop=crop,
+                       workers=config.workers, labels=config.labels, data_dir=data_dir,
+                       max_damaged=config.max_damaged, **options)
 
 # %% ../../nbs/51_train.ipynb #38a4b71e
 def held_out(

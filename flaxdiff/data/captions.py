@@ -390,6 +390,7 @@ def prepare_emoji(
     background="white",  # behind the pictures: a colour's name, or three numbers to 255
     flags=False,  # whether to keep the flags
     keywords=None,  # npm's emojilib, for more words: a folder, its .tgz, or its emoji-en-US.json
+    without=(),  # further categories to leave out, such as ("People & Body",)
 ) -> int:
     "Emoji as a folder of pictures with captions; returns how many. A `ValueError` for another package."
     out = Path(out).expanduser()
@@ -399,10 +400,15 @@ def prepare_emoji(
     files = read_package(package)
     try:
         entries = json.loads(files["emoji.json"]())
-        rows = list_emoji(entries, read_keywords(keywords) if keywords else {}, flags)
+        words = read_keywords(keywords) if keywords else {}
+        rows = list_emoji(entries, words, flags)
+        categories = sorted({entry["category"] for entry in entries})
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError("package must hold an emoji.json like emoji-datasource-google's, "
                          f"got {str(package)!r}: {type(e).__name__}: {e}") from e
+    if unknown := sorted(set(without) - set(categories)):
+        raise ValueError(f"without must name categories, {', '.join(categories)}, got {unknown[0]!r}")
+    rows = [row for row in rows if row["category"] not in without]
     # Draw each onto the background.
     out.mkdir(parents=True, exist_ok=True)
     kept = []
@@ -433,10 +439,12 @@ def main(
     emoji.add_argument("--background", default="white", help="a colour's name, such as white or #ffcc00")
     emoji.add_argument("--flags", action="store_true", help="keep the flags, which are left out by default")
     emoji.add_argument("--keywords", help="npm's emojilib (folder, .tgz or .json), for more words")
+    emoji.add_argument("--without", action="append", default=[], metavar="CATEGORY",
+                       help="leave it out, such as 'People & Body'; may be given several times")
     given = parser.parse_args(arguments)
     try:
         number = prepare_emoji(given.package, given.out, given.size, given.background, given.flags,
-                               given.keywords)
+                               given.keywords, given.without)
     except (OSError, ValueError) as e:
         parser.error(str(e))
     print(f"{number:,} pictures of {given.size}×{given.size} with captions in {given.out}")

@@ -453,6 +453,7 @@ def bucket_stream(
         streams.append((data, len(own)))
     data = mix_streams(streams, seed)
     data.max_damaged = max_damaged
+    data.shapes = [shapes[k] for k in np.unique(buckets)]
     return data
 
 # %% ../../nbs/27_folders.ipynb #d513e197

@@ -252,6 +252,7 @@ class MixedStream:
         for part in (getattr(stream, "texts", None) for stream in streams):
             self.texts = None if part is None or self.texts is None else [*self.texts, *part]
         self.encode: Callable[[dict], dict] | None = None  # the last thing done to a batch of a dict, if any
+        self.shapes: list | None = None  # (H, W) of its pictures, where a trainer is to take several
 
     def __iter__(self):
         return self
