@@ -1,6 +1,7 @@
 """`pytest tests` runs what is fast; `pytest --slow tests` the rest too, and `-m slow` that rest alone."""
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +11,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests compile the same programs: the second finds them here, in this process or another.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most programs here run once, on a few numbers: to compile them without optimising takes a third of the time off.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most programs here run once, on a few numbers: compiled without optimising, by XLA's older and quicker emitters, they take a third of the time.
+FLAGS = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+
+
+def known_flags():
+    "`FLAGS`, or the first alone where this XLA lacks one of them: it ends a process that names a flag it does not know."
+    test = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": FLAGS}, capture_output=True)
+    return FLAGS if test.returncode == 0 else FLAGS.split()[0]
+
+
+if "XLA_FLAGS" not in os.environ: os.environ["XLA_FLAGS"] = known_flags()  # the workers have it from the process that starts them
 
 
 def drop_programs():
@@ -48,6 +59,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; run with --slow")
+
+
+def pytest_collection_finish():
+    "What the modules hold lives to the end: Python's collector need not walk through it each time."
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):

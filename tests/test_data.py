@@ -738,7 +738,7 @@ def test_prefetching_onto_several_devices():
         one, two = next(get_dataset("digits")[0]), next(prefetch_to_device(get_dataset("digits")[0], place=place))
         last = next(prefetch_to_device(get_dataset("digits")[0], place=jax.devices()[1]))
         print(two.sharding == place, [shard.data.shape[0] for shard in two.addressable_shards], np.array_equal(one, two), last.devices() == {jax.devices()[1]})""",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2")
+        XLA_FLAGS=f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}")
     assert found.strip() == "True [8, 8] True True"
 
 

@@ -27,7 +27,6 @@ from flaxdiff.trainer.parallel import _in_a_cluster, count_flops, fsdp_sharding
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 300  # seconds a process may take on a busy machine; an idle one needs about 30
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles in half the time; the laws are the same
 
 
 class Group:
@@ -38,7 +37,7 @@ class Group:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}"}
         self.processes = []
         for i in range(hosts):
             job = {"out": str(self.folder / f"{i}.npz"), "cases": cases, "host": [f"localhost:{port}", hosts, i] if hosts > 1 else None}
@@ -373,7 +372,7 @@ def metadata():
         for i in range(hosts):
             env = {k: v for k, v in os.environ.items() if k not in CLUSTERS and not k.startswith("JAX_COORDINATOR")}
             env |= {"JAX_PLATFORMS": "cpu", "NO_PROXY": "127.0.0.1", "GCE_METADATA_IP": address or f"127.0.0.1:{server.server_port}/{i}", "JAX_COORDINATOR_PORT": str(port),
-                    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
+                    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}", **environment}
             if vm: env["JAX_FORCE_TPU_INIT"] = "1"  # JAX takes this for a TPU VM
             processes.append(subprocess.Popen([sys.executable, "-c", SLICE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         try: outputs = [p.communicate(timeout=LIMIT) for p in processes]

@@ -92,7 +92,7 @@ print("ALL THE SAME")
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_four_devices_are_one(which):
     "Gradient, EMA and losses over 2 and 4 devices are those of the whole batch on one, in float64 with SGD, to rounding."
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", DEVICES, os.path.dirname(__file__), which], env=env, capture_output=True, text=True, timeout=400)
     assert "ALL THE SAME" in done.stdout, done.stdout + done.stderr
 
@@ -817,7 +817,7 @@ print("ALL THE SAME")
 
 def test_parts_under_one_program_take_from_every_device():
     "how='jit' with accumulate: each device works through its own examples, once; conditions dropped, losses and their levels are those of one device."
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARES, os.path.dirname(__file__)], env=env, capture_output=True, text=True, timeout=600)
     assert "ALL THE SAME" in done.stdout, done.stdout + done.stderr
 
