@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FlowPredictor']
 
-# %% ../../nbs/63_flow_predictor.ipynb #03ab56db
+# %% ../../nbs/63_flow_predictor.ipynb #9949987f
 import jax
 import jax.numpy as jnp
 
 from .common import DiffusionPredictionTransform
 
-# %% ../../nbs/63_flow_predictor.ipynb #86b117a4
+# %% ../../nbs/63_flow_predictor.ipynb #8ef97d77
 class FlowPredictor(DiffusionPredictionTransform):
     "F = ε - x₀, the velocity of the straight line from data to noise (Lipman et al. 2023; Liu et al. 2023)."
     def row(self, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FlowNoiseScheduler', 'resolution_shift']
 
-# %% ../../nbs/62_flow.ipynb #2ed96cda
+# %% ../../nbs/62_flow.ipynb #71e46669
 import math
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from .common import NoiseScheduler
 from ..utils import check_choice, check_positive_int, check_real
 
-# %% ../../nbs/62_flow.ipynb #ae213a18
+# %% ../../nbs/62_flow.ipynb #7522d9ee
 class FlowNoiseScheduler(NoiseScheduler):
     """α = 1 - τ, σ = τ: straight lines from data to noise (Lipman et al. 2023, eq. 20-22; Liu et al. 2023).
 
@@ -83,7 +83,7 @@ class FlowNoiseScheduler(NoiseScheduler):
         tau = jnp.asarray(temb) / 1000
         return self.as_times(self.max_timesteps * tau / (self.shift - (self.shift - 1) * tau))
 
-# %% ../../nbs/62_flow.ipynb #fa59f370
+# %% ../../nbs/62_flow.ipynb #2565cc3c
 def resolution_shift(
     pixels: float,  # m: how many pixels a picture has now
     base_pixels: float,  # n: how many those had for which shift 1 is right
