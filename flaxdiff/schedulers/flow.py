@@ -35,7 +35,8 @@ class FlowNoiseScheduler(NoiseScheduler):
         self.std = check_real("std", std, 0, ends="(]")
         for name, value, default in (("mean", mean, 0), ("std", std, 1)):
             if density == "uniform" and value != default:
-                raise ValueError(f"{name} is for density='logit_normal', got {name}={value} and a uniform one")
+                raise ValueError(f"{name} is for density='logit_normal', got {name}={value} "
+                                 "and density='uniform'")
         self.min_time = 1e-3 * timesteps  # the first of a thousand steps: σ(0) is 0
 
     def _shares(self, t):
