@@ -33,15 +33,16 @@ SAMPLER_CLASSES = enrolled(samplers, samplers.DiffusionSampler)
 GRIDS = {name: getattr(samplers, name) for name in samplers.__all__
          if inspect.isfunction(getattr(samplers, name)) and next(iter(inspect.signature(getattr(samplers, name)).parameters)) == "schedule"}
 
-# as they come, then with every option of the discrete ones, then with another T
+# as they come, then with every option of the discrete ones and the shift of flow's, then with another T
 SCHEDULES = {name: cls() for name, cls in SCHEDULE_CLASSES.items()}
 ZERO_SNR = {f"{name}-zero-snr": cls(zero_terminal_snr=True) for name, cls in SCHEDULE_CLASSES.items() if takes(cls, "zero_terminal_snr")}
 SCALED = {f"{name}-scaled": cls(beta_start=0.00085, beta_end=0.012, scaled=True) for name, cls in SCHEDULE_CLASSES.items() if takes(cls, "scaled")}
+SHIFTED = {f"{name}-shifted": cls(shift=3.0) for name, cls in SCHEDULE_CLASSES.items() if takes(cls, "shift")}
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "5 of 10 betas are cut")
     OTHER_T = {f"{name}-T{T}": cls(T) for name, cls in SCHEDULE_CLASSES.items()
                for T in ((10,) if issubclass(cls, schedulers.DiscreteNoiseScheduler) else (1000,))}
-ALL_SCHEDULES = {**SCHEDULES, **ZERO_SNR, **SCALED, **OTHER_T}
+ALL_SCHEDULES = {**SCHEDULES, **ZERO_SNR, **SCALED, **SHIFTED, **OTHER_T}
 EACH_KIND = ("LinearNoiseSchedule", "CosineContinuousNoiseScheduler", "EDMNoiseScheduler", "CosineNoiseSchedule-zero-snr")
 PREDICTORS = {name: cls() for name, cls in PREDICTOR_CLASSES.items()}
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from flaxdiff import schedulers
 from flaxdiff.schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler, CosineNoiseSchedule,
-                                 DiscreteNoiseScheduler, EDMNoiseScheduler, ExpNoiseSchedule, KarrasVENoiseScheduler,
+                                 DiscreteNoiseScheduler, EDMNoiseScheduler, ExpNoiseSchedule, FlowNoiseScheduler, KarrasVENoiseScheduler,
                                  LinearNoiseSchedule, NoiseScheduler, SubVPNoiseScheduler)
 from laws import ALL_SCHEDULES, SCALED, SCHEDULE_CLASSES, SCHEDULES, ZERO_SNR, ends_pure, is_discrete, over, x64
 
@@ -56,6 +56,7 @@ def test_log_snr_is_that_of_the_rates(schedule, x64):
 def test_variance_preserving_or_exploding(schedule, x64):
     alpha, sigma = (np.asarray(f(times(schedule))) for f in (schedule.alpha, schedule.sigma))
     if schedule.variance_exploding: assert np.all(alpha == 1)
+    elif isinstance(schedule, FlowNoiseScheduler): np.testing.assert_allclose(alpha + sigma, 1, rtol=1e-14)  # nor is this
     elif isinstance(schedule, SubVPNoiseScheduler): np.testing.assert_allclose(alpha ** 2 + sigma, 1, rtol=1e-14)  # it is neither: σ = 1 - α²
     else: np.testing.assert_allclose(alpha ** 2 + sigma ** 2, 1, rtol=1e-14)
 
@@ -294,7 +295,7 @@ def test_every_number_of_a_constructor_is_one(cls):
     for name, default in options(cls).items():
         bad = ("no", "False", 1, 0, None, np.nan) if isinstance(default, bool) else BAD_NUMBERS
         for value in bad:
-            if value == -1.0 and default < 0: continue  # P_mean
+            if value == -1.0 and not isinstance(default, str) and default < 0: continue  # P_mean
             with pytest.raises(ValueError, match=name): cls(**{name: value})
 
 
@@ -585,7 +586,8 @@ any_schedule = st.one_of(
     st.builds(ExpNoiseSchedule, st.integers(2, 2000), st.booleans()),
     st.builds(CosineContinuousNoiseScheduler, st.floats(1e-2, 1e4)),
     st.builds(CosineGeneralNoiseScheduler, st.floats(1e-2, 1e4), st.floats(1e-3, 0.1), st.floats(1, 500), st.floats(0.1, 10)),
-    st.builds(KarrasVENoiseScheduler, st.floats(1e-2, 1e4), st.floats(1e-4, 0.1), st.floats(1, 500), st.floats(1, 12)))
+    st.builds(KarrasVENoiseScheduler, st.floats(1e-2, 1e4), st.floats(1e-4, 0.1), st.floats(1, 500), st.floats(1, 12)),
+    st.builds(FlowNoiseScheduler, st.floats(1e-2, 1e4), st.floats(0.1, 10)))
 
 
 @pytest.mark.filterwarnings("ignore:.*betas are cut")

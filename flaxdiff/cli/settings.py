@@ -23,10 +23,10 @@ from fastcore.docments import docments
 # %% ../../nbs/52_settings.ipynb #7706f4bd
 from . import CommandParser
 from ..losses import edm_weight, elbo_weight, min_snr_weight, p2_weight, soft_min_snr_weight
-from ..predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
+from ..predictors import EpsilonPredictor, FlowPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
 from ..schedulers import (CosineContinuousNoiseScheduler, CosineGeneralNoiseScheduler,
                                  CosineNoiseSchedule, EDMNoiseScheduler, ExpNoiseSchedule,
-                                 KarrasVENoiseScheduler, LinearNoiseSchedule)
+                                 FlowNoiseScheduler, KarrasVENoiseScheduler, LinearNoiseSchedule)
 from ..sde import SubVPNoiseScheduler, VENoiseScheduler, VPNoiseScheduler
 from ..utils import check_choice, check_real, check_whole
 
@@ -35,8 +35,10 @@ SCHEDULES = {"edm": EDMNoiseScheduler, "karras": KarrasVENoiseScheduler, "cosine
              "linear": LinearNoiseSchedule, "exp": ExpNoiseSchedule,
              "cosine-continuous": CosineContinuousNoiseScheduler,
              "cosine-general": CosineGeneralNoiseScheduler,
-             "vp": VPNoiseScheduler, "sub-vp": SubVPNoiseScheduler, "ve": VENoiseScheduler}
-PREDICTORS = {"edm": KarrasEDMPredictor, "epsilon": EpsilonPredictor, "x0": X0Predictor, "v": VPredictor}
+             "vp": VPNoiseScheduler, "sub-vp": SubVPNoiseScheduler, "ve": VENoiseScheduler,
+             "flow": FlowNoiseScheduler}
+PREDICTORS = {"edm": KarrasEDMPredictor, "epsilon": EpsilonPredictor, "x0": X0Predictor, "v": VPredictor,
+              "flow": FlowPredictor}
 LOSSES = {"plain": lambda schedule, sigma_data: None,
           "edm": lambda schedule, sigma_data: edm_weight(sigma_data),
           "p2": lambda schedule, sigma_data: p2_weight(),

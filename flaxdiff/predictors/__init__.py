@@ -2,7 +2,8 @@
 from .common import (DiffusionPredictionTransform, DirectPredictionTransform, EpsilonPredictionTransform,
                      EpsilonPredictor, VPredictionTransform, VPredictor, X0Predictor)
 from .edm import KarrasEDMPredictor, KarrasPredictionTransform
+from .flow import FlowPredictor
 
 __all__ = ["DiffusionPredictionTransform", "EpsilonPredictor", "X0Predictor", "VPredictor", "KarrasEDMPredictor",
-           "EpsilonPredictionTransform", "DirectPredictionTransform", "VPredictionTransform",
+           "FlowPredictor", "EpsilonPredictionTransform", "DirectPredictionTransform", "VPredictionTransform",
            "KarrasPredictionTransform"]
