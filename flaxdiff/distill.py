@@ -6,7 +6,7 @@
 __all__ = ['EndEmbedding', 'TwoTimes', 'start_from', 'transport', 'output', 'mean_square', 'jump_loss', 'noised', 'ode_step',
            'consistency_loss', 'shortcut_loss', 'mean_flow_loss', 'draw_jumps']
 
-# %% ../nbs/66_distill.ipynb #92b34f87
+# %% ../nbs/66_distill.ipynb #60338a63
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from .samplers.frames import make_frame
 from .schedulers.common import NoiseScheduler
 from .utils import as_key, check_positive_int, per_image
 
-# %% ../nbs/66_distill.ipynb #00e6ff8d
+# %% ../nbs/66_distill.ipynb #287b1f95
 class EndEmbedding(nn.Module):
     "What every block is told of the end of a jump, beside its time; 0 at first."
     features: int  # length of the time's embedding
@@ -35,6 +35,7 @@ class EndEmbedding(nn.Module):
         h = nn.swish(nn.Dense(self.features)(h))
         return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(h)
 
+# %% ../nbs/66_distill.ipynb #739b80d5
 class TwoTimes(nn.Module):
     "A network that is told the end of a jump, too: an embedding of it is added to that of the time."
     network: Any  # a flax module that embeds its time by `TimeEmbedding`, such as `SimpleUNet`
@@ -70,6 +71,7 @@ class TwoTimes(nn.Module):
                              f"got {type(self.network).__name__}")
         return F
 
+# %% ../nbs/66_distill.ipynb #739defb9
 def start_from(
     params: Any,  # of a `TwoTimes`
     teacher_params: Any,  # of the network inside it, trained as a denoiser
@@ -82,7 +84,7 @@ def start_from(
                          "their names or shapes differ")
     return {**params, "params": {**params["params"], "network": given}}
 
-# %% ../nbs/66_distill.ipynb #cfecd775
+# %% ../nbs/66_distill.ipynb #6173457e
 def transport(
     way: Way,  # from t to s
     x: jax.Array,  # (B, …): images, which the two should multiply
@@ -123,7 +125,7 @@ def jump_loss(
     P, Q = transport(way, x)
     return mean_square(output(flow_map, x, way, conditioning) - (jax.lax.stop_gradient(end) - P * x) / Q)
 
-# %% ../nbs/66_distill.ipynb #62553f02
+# %% ../nbs/66_distill.ipynb #470ccee5
 def noised(
     schedule: NoiseScheduler,  # its α and σ
     x0: jax.Array,  # (B, …): images
@@ -147,10 +149,13 @@ def ode_step(
     alpha_m, sigma_m = per_image(schedule.alpha(m), x), per_image(schedule.sigma(m), x)
     h = frame.position(alpha_m, sigma_m) - frame.position(alpha, sigma)
     y, scale_m = x / frame.scale(alpha, sigma), frame.scale(alpha_m, sigma_m)
-    k1 = frame.slope(*denoiser(x, t, conditioning), alpha, sigma)
-    k2 = frame.slope(*denoiser((scale_m * (y + h * k1)).astype(x.dtype), m, conditioning), alpha_m, sigma_m)
+    x0_hat, eps_hat = denoiser(x, t, conditioning)
+    k1 = frame.slope(x0_hat, eps_hat, alpha, sigma)
+    x0_hat, eps_hat = denoiser((scale_m * (y + h * k1)).astype(x.dtype), m, conditioning)
+    k2 = frame.slope(x0_hat, eps_hat, alpha_m, sigma_m)
     return (scale_m * (y + h * (k1 + k2) / 2)).astype(x.dtype)
 
+# %% ../nbs/66_distill.ipynb #562f6dc5
 def consistency_loss(
     flow_map: FlowMap,  # the student
     x0: jax.Array,  # (B, …): images
@@ -179,7 +184,7 @@ def shortcut_loss(
     between = flow_map.jump(x, t, m, conditioning)
     return jump_loss(flow_map, x, t, s, flow_map.jump(between, m, s, conditioning), conditioning)
 
-# %% ../nbs/66_distill.ipynb #4349cf24
+# %% ../nbs/66_distill.ipynb #ef9c24e5
 def mean_flow_loss(
     flow_map: FlowMap,  # the student
     x0: jax.Array,  # (B, …): images
@@ -208,6 +213,7 @@ def mean_flow_loss(
     error = jnp.sign(per_image(flow_map.level(t).decoding[2], x)) * change / jnp.hypot(P_rate, Q_rate)
     return mean_square(F - jax.lax.stop_gradient(F + error))
 
+# %% ../nbs/66_distill.ipynb #0d70bfcd
 def draw_jumps(
     schedule: NoiseScheduler,  # whose times
     key: jax.Array,  # a JAX random key

@@ -28,7 +28,9 @@ class Way(Level):
     @property
     def share(self) -> jax.Array:
         "θ_s/θ_t with θ = atan2(σ, α): 1 at s = t, where nothing is left to go, and 0 where s is the data."
-        return jnp.arctan2(self.end_sigma, self.end_alpha) / jnp.arctan2(self.sigma, self.alpha)
+        theta = jnp.arctan2(self.sigma, self.alpha)
+        end = jnp.arctan2(self.end_sigma, self.end_alpha)
+        return jnp.where(theta > 0, end / jnp.where(theta > 0, theta, 1), 1)
 
 def ending(
     level: Any,  # a `Level`, or any pytree with some in it
@@ -51,6 +53,7 @@ def takes_end(
     "Whether it is told where a jump should end, by a keyword `end`."
     return "end" in keywords_of_network(getattr(model, "module", model)).names
 
+# %% ../../nbs/65_flow_map.ipynb #3f911a19
 class FlowMap(Guidance):
     "(x_t, t, s) -> (X₀, E) with x_t = α_t X₀ + σ_t E and x_s = α_s X₀ + σ_s E; at s = t it is a denoiser."
     def __init__(self,
