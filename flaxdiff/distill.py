@@ -6,7 +6,7 @@
 __all__ = ['EndEmbedding', 'TwoTimes', 'start_from', 'transport', 'output', 'mean_square', 'jump_loss', 'noised', 'ode_step',
            'consistency_loss', 'shortcut_loss', 'mean_flow_loss', 'draw_jumps']
 
-# %% ../nbs/66_distill.ipynb #60338a63
+# %% ../nbs/66_distill.ipynb #3990dfcb
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from .samplers.frames import make_frame
 from .schedulers.common import NoiseScheduler
 from .utils import as_key, check_positive_int, per_image
 
-# %% ../nbs/66_distill.ipynb #287b1f95
+# %% ../nbs/66_distill.ipynb #34c44159
 class EndEmbedding(nn.Module):
     "What every block is told of the end of a jump, beside its time; 0 at first."
     features: int  # length of the time's embedding
@@ -35,7 +35,7 @@ class EndEmbedding(nn.Module):
         h = nn.swish(nn.Dense(self.features)(h))
         return nn.Dense(self.features, kernel_init=nn.initializers.zeros)(h)
 
-# %% ../nbs/66_distill.ipynb #739b80d5
+# %% ../nbs/66_distill.ipynb #0b80bf1c
 class TwoTimes(nn.Module):
     "A network that is told the end of a jump, too: an embedding of it is added to that of the time."
     network: Any  # a flax module that embeds its time by `TimeEmbedding`, such as `SimpleUNet`
@@ -71,7 +71,7 @@ class TwoTimes(nn.Module):
                              f"got {type(self.network).__name__}")
         return F
 
-# %% ../nbs/66_distill.ipynb #739defb9
+# %% ../nbs/66_distill.ipynb #58d607a6
 def start_from(
     params: Any,  # of a `TwoTimes`
     teacher_params: Any,  # of the network inside it, trained as a denoiser
@@ -84,7 +84,7 @@ def start_from(
                          "their names or shapes differ")
     return {**params, "params": {**params["params"], "network": given}}
 
-# %% ../nbs/66_distill.ipynb #6173457e
+# %% ../nbs/66_distill.ipynb #63058bc8
 def transport(
     way: Way,  # from t to s
     x: jax.Array,  # (B, …): images, which the two should multiply
@@ -125,7 +125,7 @@ def jump_loss(
     P, Q = transport(way, x)
     return mean_square(output(flow_map, x, way, conditioning) - (jax.lax.stop_gradient(end) - P * x) / Q)
 
-# %% ../nbs/66_distill.ipynb #470ccee5
+# %% ../nbs/66_distill.ipynb #e06df3c8
 def noised(
     schedule: NoiseScheduler,  # its α and σ
     x0: jax.Array,  # (B, …): images
@@ -155,7 +155,7 @@ def ode_step(
     k2 = frame.slope(x0_hat, eps_hat, alpha_m, sigma_m)
     return (scale_m * (y + h * (k1 + k2) / 2)).astype(x.dtype)
 
-# %% ../nbs/66_distill.ipynb #562f6dc5
+# %% ../nbs/66_distill.ipynb #797f8a11
 def consistency_loss(
     flow_map: FlowMap,  # the student
     x0: jax.Array,  # (B, …): images
@@ -184,7 +184,7 @@ def shortcut_loss(
     between = flow_map.jump(x, t, m, conditioning)
     return jump_loss(flow_map, x, t, s, flow_map.jump(between, m, s, conditioning), conditioning)
 
-# %% ../nbs/66_distill.ipynb #ef9c24e5
+# %% ../nbs/66_distill.ipynb #d2d10bde
 def mean_flow_loss(
     flow_map: FlowMap,  # the student
     x0: jax.Array,  # (B, …): images
@@ -194,7 +194,7 @@ def mean_flow_loss(
     teacher: Any = None,  # a denoiser that tells the velocity at x_t; None: the pair (x₀, ε) does
     conditioning: Any = (),  # a dict of arrays by name, each (B, …)
 ) -> jax.Array:
-    "(4), (B,): law A in the limit (Geng et al. 2025, eq. 9-11, on any schedule); at s = t a denoiser's loss."
+    "(4), (B,): law A in the limit (Geng et al. 2025, algorithm 1, generalised); at s = t a denoiser's loss."
     schedule = flow_map.noise_schedule
     x, one = noised(schedule, x0, eps, t), jnp.ones_like(t)
     # The velocity at x_t.
@@ -213,7 +213,7 @@ def mean_flow_loss(
     error = jnp.sign(per_image(flow_map.level(t).decoding[2], x)) * change / jnp.hypot(P_rate, Q_rate)
     return mean_square(F - jax.lax.stop_gradient(F + error))
 
-# %% ../nbs/66_distill.ipynb #0d70bfcd
+# %% ../nbs/66_distill.ipynb #f7a44118
 def draw_jumps(
     schedule: NoiseScheduler,  # whose times
     key: jax.Array,  # a JAX random key
@@ -227,7 +227,6 @@ def draw_jumps(
     low, high = schedule.min_time, schedule.max_timesteps
     h = (high - low) / levels
     t = low + h * jax.random.randint(at, (n,), 1, levels + 1)
-    m = t - h
-    s = low + (m - low) * jax.random.uniform(to, (n,))
-    s = jnp.where(jax.random.bernoulli(whole, share_to_data, (n,)), low, jnp.minimum(s, m))
-    return t, jnp.maximum(m, low), s
+    m = jnp.maximum(t - h, low)
+    s = jnp.clip(low + (m - low) * jax.random.uniform(to, (n,)), low, m)
+    return t, m, jnp.where(jax.random.bernoulli(whole, share_to_data, (n,)), low, s)
