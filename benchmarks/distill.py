@@ -1,8 +1,10 @@
-"""Distil the shipped digits for 1, 2 and 4 calls, longer than a chapter may.  python benchmarks/distill.py --updates 1200
+"""Distil the shipped digits for 1, 2 and 4 calls, longer than a chapter may.
+
+    python benchmarks/distill.py [--updates 1000] [--batch 64] [--out student.npz]
 
 The student is the teacher's network, told the end of a jump; it is taught by `consistency_loss` with the teacher's steps, on
 `draw_jumps` of 18 levels. Then 384 samples from the noise of nbs/66_distill.ipynb are judged as there: pixel Fréchet distance
-to the 1,797 real digits, and the share that a support-vector machine recognises. FOLDER/student.npz is written with --out.
+to the 1,797 real digits, and the share that a support-vector machine recognises.
 """
 import argparse
 import time
@@ -68,9 +70,9 @@ def report(student, pixels, judge):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1200)
+    parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out")
+    parser.add_argument("--out", help="a file for the averaged parameters, as an array a leaf")
     args = parser.parse_args()
     digits, classes = load_digits()
     order = np.random.default_rng(0).permutation(len(digits))
@@ -83,7 +85,8 @@ def main():
     for n, key in enumerate(jax.random.split(jax.random.key(5), args.updates), 1):
         state, value = update(state, key)
         if n % 200 == 0 or n == args.updates:
-            print(f"{n} updates, {time.time() - start:.0f} s, loss {value:.4f}; calls: distance, recognised: {report(state[1], pixels, judge)}", flush=True)
+            head = f"{n} updates, {time.time() - start:.0f} s, loss {value:.4f}"
+            print(f"{head}; calls: distance, recognised: {report(state[1], pixels, judge)}", flush=True)
     if args.out:
         np.savez(args.out, *jax.tree.leaves(state[1].params))
 
