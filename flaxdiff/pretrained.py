@@ -42,9 +42,9 @@ from .network import TrainedModel, check_null, null_of
 from .predictors import DiffusionPredictionTransform, EpsilonPredictor
 from .samplers import (AdaptiveSampler, DDIMSampler, DDPMSampler, DEISSampler,
                                DPMSolverPlusPlusSampler, DPMSolverSampler, EDMSampler,
-                               EulerAncestralSampler, EulerMaruyamaSampler, EulerSampler, HeunSampler,
-                               LMSSampler, MidpointSampler, MultiStepDPM, PLMSSampler, PNDMSampler,
-                               PredictorCorrectorSampler, RK4Sampler, UniPCSampler)
+                               EulerAncestralSampler, EulerMaruyamaSampler, EulerSampler, FlowMapSampler,
+                               HeunSampler, LMSSampler, MidpointSampler, MultiStepDPM, PLMSSampler,
+                               PNDMSampler, PredictorCorrectorSampler, RK4Sampler, UniPCSampler)
 from .schedulers.common import KeepsArguments, NoiseScheduler
 from .utils import check_choice, check_positive_int
 
@@ -411,7 +411,8 @@ SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "midpoint": MidpointSamp
             "euler-maruyama": EulerMaruyamaSampler, "predictor-corrector": PredictorCorrectorSampler,
             "lms": LMSSampler, "plms": PLMSSampler,
             "pndm": PNDMSampler, "multistep-dpm": MultiStepDPM, "dpm-solver": DPMSolverSampler,
-            "dpm-solver++": DPMSolverPlusPlusSampler, "unipc": UniPCSampler, "deis": DEISSampler}
+            "dpm-solver++": DPMSolverPlusPlusSampler, "unipc": UniPCSampler, "deis": DEISSampler,
+            "flow-map": FlowMapSampler}
 
 SizedNetwork = TrainedModel  # its name here, once
 

@@ -21,7 +21,7 @@ from laws import (ALL_SCHEDULES, EACH_KIND, GRIDS, MIXTURE, POINT, PREDICTORS, S
 # Other options than the defaults are measured in the tests of each family.
 ORDERS = {"EulerSampler": 1, "DDIMSampler": 1, "EulerAncestralSampler": 1, "HeunSampler": 2, "MidpointSampler": 2, "RK4Sampler": 4,
           "EDMSampler": 2, "LMSSampler": 4, "MultiStepDPM": 3, "PLMSSampler": 2, "PNDMSampler": 2, "DPMSolverSampler": 2,
-          "DPMSolverPlusPlusSampler": 2, "UniPCSampler": 3, "DEISSampler": 3, "FewStepSampler": 2,
+          "DPMSolverPlusPlusSampler": 2, "UniPCSampler": 3, "DEISSampler": 3, "FewStepSampler": 2, "FlowMapSampler": 1,
           "DDPMSampler": None, "EulerMaruyamaSampler": None, "PredictorCorrectorSampler": None, "AdaptiveSampler": None}
 QUIET = {"EulerAncestralSampler": (("eta", 0.0),)}
 # network calls for N levels, where that is a number

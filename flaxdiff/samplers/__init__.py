@@ -5,6 +5,7 @@ from .ddim import DDIMSampler, EulerAncestralSampler
 from .ddpm import DDPMSampler
 from .dpm_solver import DEISSampler, DPMSolverPlusPlusSampler, DPMSolverSampler, UniPCSampler
 from .few_steps import FewStepSampler
+from .flow_map import FlowMap, FlowMapSampler
 from .grids import exponential_grid, karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
 from .multistep import LMSSampler, MultiStepDPM, PLMSSampler, PNDMSampler
 from .ode import AdaptiveSampler, EulerSampler, HeunSampler, MidpointSampler, RK4Sampler
@@ -14,5 +15,5 @@ __all__ = ["DiffusionSampler", "SamplerState", "DDPMSampler", "DDIMSampler", "Eu
            "HeunSampler", "MidpointSampler", "RK4Sampler", "AdaptiveSampler", "EDMSampler",
            "EulerMaruyamaSampler", "PredictorCorrectorSampler",
            "MultiStepDPM", "LMSSampler", "PLMSSampler", "PNDMSampler", "DPMSolverSampler", "DPMSolverPlusPlusSampler",
-           "UniPCSampler", "DEISSampler", "FewStepSampler",
+           "UniPCSampler", "DEISSampler", "FewStepSampler", "FlowMap", "FlowMapSampler",
            "uniform_grid", "leading_grid", "trailing_grid", "karras_grid", "lambda_grid", "exponential_grid"]
