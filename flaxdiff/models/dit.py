@@ -77,7 +77,8 @@ class DiTBlock(nn.Module):
                 ) -> jax.Array:
         "(B, N, D); at initialisation, the input itself."
         width = h.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, dot_general=by_backend(matmul_of_rows, jax.lax.dot_general))
+        dense = partial(nn.Dense, dtype=self.dtype,
+                        dot_general=by_backend(matmul_of_rows, jax.lax.dot_general))
         silent = nn.initializers.zeros
 
         def split_heads(x, parts):
