@@ -20,7 +20,7 @@ import numpy as np
 # %% ../../nbs/53_cost.ipynb #cce006fe
 from .settings import PREDICTORS, SCHEDULES, TrainConfig
 from ..data.stream import machine_memory as host_memory
-from ..models import SimpleUNet
+from ..models import DiT, SimpleUNet
 from ..text import load_text_encoder
 from ..trainer.parallel import program_flops
 
@@ -29,18 +29,25 @@ def make_network(
     config,  # a `TrainConfig`
     channels,  # of the images
 ):
-    "The UNet of a configuration."
+    "The UNet or the transformer of a configuration."
+    dtype = {"float32": None, "bfloat16": jnp.bfloat16}[config.dtype]
+    options: dict[str, Any] = {"num_classes": config.classes} if config.labels else {}
+    options.update(dtype=dtype, remat=config.remat, dropout=config.dropout)
+    if config.network == "dit":
+        if config.crop == "bucket" and 8 % config.patch_size:
+            raise ValueError("patch_size must divide 8 for crop='bucket', whose sides are multiples of 8, "
+                             f"got {config.patch_size}")
+        return DiT(channels, config.patch_size, config.width, config.depth, config.heads, **options)
     places, levels = len(config.features) + 1, config.attention_levels
     if not 0 <= levels <= places:
         raise ValueError(f"attention_levels must lie in [0, {places}], one more than features, got {levels}")
     attention = (None,) * (places - levels) + ({"heads": config.heads},) * levels
-    dtype = {"float32": None, "bfloat16": jnp.bfloat16}[config.dtype]
-    options = {"num_classes": config.classes} if config.labels else {}
     if config.text is not None and not levels:
         raise ValueError("attention_levels must be 1 or more to read text, got 0")
     return SimpleUNet(channels, config.emb_features, config.features, attention, config.res_blocks,
-                      norm_groups=8, dtype=dtype, remat=config.remat, dropout=config.dropout, **options)
+                      norm_groups=8, **options)
 
+# %% ../../nbs/53_cost.ipynb #957aea53
 def text_encoder(
     config,  # a `TrainConfig`
 ):
@@ -161,7 +168,8 @@ def check_fits(
         return
     fit = int((0.9 * room - memory_needed(cost, config, 0)) / cost.waiting)
     if fit < 1:
-        raise ValueError(f"features={config.features} need about {need / 1e9:,.0f} GB, and "
+        size = f"width={config.width}" if config.network == "dit" else f"features={config.features}"
+        raise ValueError(f"{size} needs about {need / 1e9:,.0f} GB, and "
                          f"{room / 1e9:,.0f} GB are there, too little for one image; try a smaller network")
     parts = next(n for n in range(-(-share // fit), share + 1) if share % n == 0)
     least = memory_needed(cost, config, share / parts)

@@ -46,7 +46,7 @@ LOSSES = {"plain": lambda schedule, sigma_data: None,
           "soft-min-snr": lambda schedule, sigma_data: soft_min_snr_weight(),
           "elbo": lambda schedule, sigma_data: elbo_weight(schedule)}
 CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
-           "crop": ["centre", "random", "bucket"],
+           "crop": ["centre", "random", "bucket"], "network": ["unet", "dit"],
            "schedule": list(SCHEDULES), "predictor": list(PREDICTORS), "loss": list(LOSSES),
            "dtype": ["float32", "bfloat16"], "decay": ["cosine", "constant", "rsqrt"],
            "how": ["pmap", "shard_map", "jit"]}
@@ -82,12 +82,16 @@ class TrainConfig:
     seed: int = 0  # of the parameters, the noise and the order of the data
     max_skipped: int = 10  # updates in a row without finite numbers before the run stops
 
+    network: str = "unet"  # unet, or dit: the diffusion transformer
     features: tuple[int, ...] = (32, 64)  # channels of the UNet at each resolution, from the finest
     attention_levels: int = 1  # how many of the coarsest places have attention: 1 is the middle alone, 0 none
     heads: int = 4  # heads of each attention
     res_blocks: int = 1  # residual blocks at each resolution
     emb_features: int = 128  # length of the time embedding
-    dropout: float = 0.0  # share of the numbers left out in each residual block, in training
+    patch_size: int = 2  # of the transformer: a patch is so many pixels high and wide
+    width: int = 96  # numbers that stand for a patch, a multiple of 4 and of heads
+    depth: int = 4  # blocks of the transformer
+    dropout: float = 0.0  # share of the numbers left out in each block of the network, in training
 
     schedule: str = "edm"  # noise schedule
     predictor: str = "edm"  # what the network's output means
@@ -114,7 +118,7 @@ class TrainConfig:
     fsdp: bool = False  # with --how jit: parameters, average and optimizer are cut over the devices
 
 # %% ../../nbs/52_settings.ipynb #07d7df0f
-TOPICS = {"dataset": "data", "steps": "learning", "features": "network", "schedule": "process and loss",
+TOPICS = {"dataset": "data", "steps": "learning", "network": "network", "schedule": "process and loss",
           "ema_decay": "averages of the parameters", "checkpoint_every": "what is written to RUN",
           "dtype": "speed and memory"}  # the field that each begins with
 KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"), bool: (bool, "true or false"),

@@ -1,4 +1,5 @@
 """Networks."""
+from .dit import DIT_SIZES, DiT
 from .simple_unet import SimpleUNet, Unet
 
-__all__ = ["SimpleUNet", "Unet"]
+__all__ = ["DIT_SIZES", "DiT", "SimpleUNet", "Unet"]
