@@ -3,7 +3,7 @@
     python benchmarks/distill.py [--updates 1000] [--batch 64] [--out student.npz]
 
 The student is the teacher's network, told the end of a jump; it is taught by `consistency_loss` with the teacher's steps, on
-`draw_jumps` of 18 levels. Then 384 samples from the noise of nbs/66_distill.ipynb are judged as there: pixel Fréchet distance
+`draw_jumps` of 18 levels. Then 384 samples from the noise of nbs/25_distill.ipynb are judged as there: pixel Fréchet distance
 to the 1,797 real digits, and the share that a support-vector machine recognises.
 """
 import argparse
