@@ -281,6 +281,7 @@ class WrappedDenoiser:
         "(x̂₀, ε̂), each of x's shape."
         return answer_checked(self, x, t, conditioning)
 
+# %% ../nbs/04_denoiser.ipynb #34c5ab4f
 def with_params(
     denoiser,  # a `Denoiser`, or one made of it
     params,  # other parameters of its network

@@ -691,8 +691,7 @@ class DiffusionTrainer(TrainerOptions):
 
     def split_batch(self,
                     batch: Any,  # images, or a dict with `image` and conditions
-                    shapes: Sequence = (),  # (H, W) that it may have beside the first batch's
-                   ) -> tuple[Any, dict]:
+                    shapes: Sequence = ()) -> tuple[Any, dict]:  # (H, W) beside the first batch's
         "(image, conditions), checked."
         here = [d for d in self.devices if d.process_index == jax.process_index()]
         return split_batch(batch, self.model.image_shape, shapes, len(here), self.accumulate)
