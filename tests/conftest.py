@@ -11,7 +11,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests compile the same programs: the second finds them here, in this process or another.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most programs here run once, on a few numbers: compiled without optimising, by XLA's older and quicker emitters, they take a third of the time.
+# Most programs here run once, on a few numbers. To compile ten sampling loops takes 23 s of CPU time by default, 9 s without optimising,
+# and 4 s by XLA's older emitters, in one piece.
 FLAGS = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
          "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
