@@ -663,6 +663,8 @@ def test_high_and_wide_pictures_with_captions(tmp_path, capsys):
     refused(train_main, ["--out", out, "--resume", "--steps", "8", "--crop", "random"], "--crop", capsys)
     refused(train_main, ["--out", tmp_path / "no", "--dataset", "digits", "--crop", "bucket"], "--crop", capsys)
     refused(train_main, ["--out", tmp_path / "no", "--caption-cache", "here"], "--caption-cache", capsys)
+    for bad, named in ((["--features", "8,8,8,8,8"], "--features"), (["--network", "dit", "--patch-size", 3], "--patch-size")):
+        refused(train_main, ["--out", tmp_path / "no", "--dataset", f"folder:{folder}", "--crop", "bucket", *bad], named, capsys)
 
 
 def test_rows_with_new_columns(finished, tmp_path):

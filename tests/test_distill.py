@@ -13,27 +13,12 @@ from flaxdiff.distill import (TwoTimes, consistency_loss, draw_jumps, jump_loss,
 from flaxdiff.exact import Gaussian
 from flaxdiff.guidance import ClassifierFreeGuidance
 from flaxdiff.models.layers import TimeEmbedding
-from flaxdiff.predictors import DiffusionPredictionTransform
 from flaxdiff.samplers import EulerSampler, FlowMap, FlowMapSampler, HeunSampler, uniform_grid
-from flaxdiff.schedulers import NoiseScheduler
 from flaxdiff.trainer.losses import diffusion_loss
 from laws import PREDICTORS, SCHEDULES, WAVE, ZERO_SNR, Wave, over, x64
 
 MEAN, SPREAD = 0.3, 0.5
 BELL = Gaussian([MEAN], [SPREAD ** 2])
-
-
-class Straight(NoiseScheduler):
-    "α = 1 - t, σ = t: pure noise at one end, nothing but data at the other."
-    min_time = 0.001
-    def alpha(self, t): return 1 - self.as_times(t)
-    def sigma(self, t): return self.as_times(t)
-    def get_timesteps(self, sigmas): return 1 - 1 / (1 + self.as_ratios(sigmas))
-
-
-class Velocity(DiffusionPredictionTransform):
-    "F = ε - x₀."
-    def row(self, alpha, sigma): return -jnp.ones_like(alpha), jnp.ones_like(sigma)
 
 
 class PerfectMap:
@@ -51,9 +36,9 @@ class PerfectMap:
         return k * self.predictor.get_target(MEAN + (a * c * SPREAD ** 2 + w * v - b * d) * z, (c * b + a * d) * z, a, b)
 
 
-PROCESSES = {**SCHEDULES, **ZERO_SNR, "Straight": Straight()}
+PROCESSES = {**SCHEDULES, **ZERO_SNR}
 FEW = {"EDM": (SCHEDULES["EDMNoiseScheduler"], PREDICTORS["KarrasEDMPredictor"]), "cosine": (SCHEDULES["CosineContinuousNoiseScheduler"], PREDICTORS["VPredictor"]),
-       "straight": (PROCESSES["Straight"], Velocity())}
+       "straight": (SCHEDULES["FlowNoiseScheduler"], PREDICTORS["FlowPredictor"])}
 
 
 def perfect(schedule, predictor=PREDICTORS["VPredictor"], k=1.0): return FlowMap(Denoiser(PerfectMap(schedule, predictor), k, schedule, predictor))
@@ -79,7 +64,7 @@ def test_a_jump_is_the_ode(schedule, x64):
         np.testing.assert_allclose(exact(x, t)[0], BELL.denoise(x, *start), atol=1e-10)
 
 
-@over(("EDMNoiseScheduler", "Straight", "CosineNoiseSchedule-zero-snr"), schedule=PROCESSES)
+@over(("EDMNoiseScheduler", "FlowNoiseScheduler", "CosineNoiseSchedule-zero-snr"), schedule=PROCESSES)
 def test_any_number_of_calls_is_exact(schedule, x64):
     "One call or four, jumps of one length or another, stopped before the data or not."
     sampler, T = FlowMapSampler(perfect(schedule)), schedule.max_timesteps
@@ -199,7 +184,7 @@ def test_mean_flows_own_form(x64):
 
     def theirs(student):
         z, v = (1 - t[:, None]) * x0 + t[:, None] * eps, eps - x0
-        u_of = lambda z, t: student.denoiser.model.apply(student.params, z, t, jnp.arctan2(s, 1 - s) / jnp.arctan2(t, 1 - t))
+        u_of = lambda z, t: student.denoiser.model.apply(student.params, z, schedule.network_time(t), jnp.arctan2(s, 1 - s) / jnp.arctan2(t, 1 - t))
         u, du = jax.jvp(u_of, (z, t), (v, jnp.ones_like(t)))
         return jnp.mean((u - jax.lax.stop_gradient(v - (t - s)[:, None] * du)) ** 2)
     student = perfect(schedule, row, jnp.float64(0.8))
