@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from fastcore.docments import docments
+from IPython.core.inputtransformer2 import TransformerManager
+from pyflakes.checker import Checker
+from pyflakes.messages import UndefinedName
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -175,12 +178,18 @@ def imports_stand_alone(chapter):
                 yield f"a cell mixes imports with other code, which the site's build would run: {first_lines(cell['source'])}"
 
 
+def names_are_defined(chapter):
+    code = "\n".join(TransformerManager().transform_cell(cell["source"]) for cell in chapter.code)
+    unknown = [m.message_args[0] for m in Checker(ast.parse(code), chapter.name).messages if isinstance(m, UndefinedName)]
+    for name in sorted({*unknown} - {"get_ipython"}): yield f"uses {name}, which no cell defines or imports"
+
+
 def ends_in_prose(chapter):
     if chapter.cells[-1]["cell_type"] != "markdown": yield "the last cell is code; nbdev cannot process an exported cell with nothing after it"
 
 
 LAWS = [cells_have_ids, outputs_are_kept, outputs_are_clean, size_is_bounded, cells_are_short, opens_with_a_promise, exports_one_module,
-        links_lead_somewhere, opens_in_colab, imports_stand_alone, ends_in_prose]
+        links_lead_somewhere, opens_in_colab, imports_stand_alone, names_are_defined, ends_in_prose]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -219,7 +228,8 @@ BREAKS = [(cells_have_ids, put(3, id="a")), (cells_have_ids, lambda cells: cells
           (exports_one_module, put(4, source="#| export other\nimport os")), (exports_one_module, put(3, source="")),
           (links_lead_somewhere, put(6, source="[gone](no_such.ipynb)")), (links_lead_somewhere, put(6, source="[there](sound.ipynb#no-such)")),
           (opens_in_colab, put(1, source=f"[x]({SITE}other.ipynb)")), (opens_in_colab, put(2, source="%pip install flaxdiff")),
-          (imports_stand_alone, put(5, source="import os\nx = 1")), (ends_in_prose, lambda cells: cells.pop())]
+          (imports_stand_alone, put(5, source="import os\nx = 1")), (names_are_defined, put(5, source="print(x)")),
+          (ends_in_prose, lambda cells: cells.pop())]
 
 
 def as_chapter(cells, folder):
