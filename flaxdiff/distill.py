@@ -231,13 +231,13 @@ def equal_levels(
 
 def draw_ends(
     schedule: NoiseScheduler,  # whose times
-    key: jax.Array,  # a JAX random key
+    keys: Any,  # two JAX random keys
     t: jax.Array,  # (n,): where the jumps start
     levels: int = 18,  # N: the next level lies the N-th part of all time below t
     share_to_data: float = 0.5,  # how many jumps end at the smallest noise
 ) -> tuple[jax.Array, jax.Array]:
     "(m, s), each (n,): the next level below t, and an end between that and the smallest noise."
-    to, whole = jax.random.split(as_key(key))
+    to, whole = keys
     low, high = schedule.min_time, schedule.max_timesteps
     m = jnp.maximum(t - (high - low) / levels, low)
     s = jnp.clip(low + (m - low) * jax.random.uniform(to, jnp.shape(t)), low, m)
@@ -251,9 +251,9 @@ def draw_jumps(
     share_to_data: float = 0.5,  # how many jumps end at the smallest noise
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     "(t, m, s), each (n,): of `equal_levels` and `draw_ends`."
-    at, to = jax.random.split(as_key(key))
+    at, *ends = jax.random.split(as_key(key), 3)
     t = equal_levels(schedule, levels)(at, n)
-    return t, *draw_ends(schedule, to, t, levels, share_to_data)
+    return t, *draw_ends(schedule, ends, t, levels, share_to_data)
 
 # %% ../nbs/25_distill.ipynb #1dde34f3
 WAYS_TO_DISTIL = ("consistency", "mean-flow", "shortcut")
@@ -269,7 +269,7 @@ def distilling_loss(
     "The loss of each example, (B,), at the times that were drawn."
     student, schedule = FlowMap(denoiser), denoiser.noise_schedule
     x0, eps, t = drawn.x0, drawn.eps, drawn.t
-    m, s = jax.vmap(lambda key, t: draw_ends(schedule, key, t, levels))(drawn.keys, t)
+    m, s = jax.vmap(lambda key, t: draw_ends(schedule, jax.random.split(key), t, levels))(drawn.keys, t)
     if by == "consistency":
         return consistency_loss(student, x0, eps, t, m, s, teacher, conditioning)
     if by == "mean-flow":

@@ -296,7 +296,8 @@ def _called(described):
     if described is None:
         return "of a class of its author's own; it must be given to `load_model`"
     def call(described):
-        arguments = [f"{key}={written(value)}" for key, value in described["arguments"].items() if key != "betas"]
+        arguments = [f"{key}={written(value)}" for key, value in described["arguments"].items()
+                     if key != "betas"]
         return f"{described['class']}({', '.join(arguments)})"
 
     def written(value):

@@ -174,6 +174,7 @@ def _trace_back(f, params, *inputs):
     sizes = [math.prod(a.shape) * a.dtype.itemsize for a in arrays if any(n % _B == 0 for n in a.shape)]
     return program, (sum(sizes) + 2 * max(sizes)) / _B
 
+# %% ../../nbs/58_cost.ipynb #e56fb5d0
 @cache
 def _trace(network, shape, augment, labels, text):
     "The `Cost` of a network for images of this shape."
@@ -196,6 +197,7 @@ def measure_cost(
     network: Any = make_network(config, shape[-1])  # a flax module has a hash
     return _trace(network, shape, config.augment > 0, config.labels, text)
 
+# %% ../../nbs/58_cost.ipynb #36cd199c
 def _trace_student(config, teacher, x, t, options):
     "The `Cost` of a student: each call of the network and of its teacher is in the trace of the loss."
     network: Any = make_student(config, teacher)

@@ -199,7 +199,8 @@ def sample_parser():
         help="of a run: the number of a step, or best (default: the last)")
     add("--sampler", metavar="NAME",
         help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: heun; flow-map for a distilled model)")
-    add("--steps", type=int, metavar="N", help="noise levels, or jumps (default: 18; 4 for a distilled model)")
+    add("--steps", type=int, metavar="N",
+        help="noise levels, or jumps (default: 18; 4 for a distilled model)")
     add("--num", type=int, default=64, metavar="N", help="how many images (default: 64)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the noise; image i depends on it and on i alone (default: 0)")

@@ -101,7 +101,7 @@ class TrainConfig:
     sigma_data: float | None = None  # of the data, for EDM; by default 0.75 for the digits, else 0.5
     loss: str = "plain"  # weight of the noise levels
     uncertainty: bool = False  # let the network weigh the levels by what it learns of their loss (EDM2)
-    distill: str | None = None  # teach the network of this model (as for flaxdiff-sample) to draw in 1 to 4 calls
+    distill: str | None = None  # teach this model's network to draw in 1 to 4 calls: RUN, PATH or NAME
     distill_by: str = "consistency"  # how: consistency, mean-flow or shortcut
 
     ema_decay: float = 0.995  # of the averaged parameters that sampling uses
@@ -239,6 +239,7 @@ def choose_recipe(
     size = size if isinstance(size, int) else 64  # what is no number is refused later
     return "small28" if size <= 32 else "photos64" if size <= 64 else "photos128"
 
+# %% ../../nbs/57_settings.ipynb #459f5aed
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 def check_network(

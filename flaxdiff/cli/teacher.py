@@ -48,6 +48,7 @@ def run_model(
     network = TrainedModel(module, shape, null)
     return PretrainedModel(network, params, schedule, predictor, shape, conditions, config.text), step
 
+# %% ../../nbs/67_teacher.ipynb #72bb9a04
 def open_model(
     source,  # the folder of a run, a folder that `save_model` wrote, or the name of a shipped model
     checkpoint=None,  # of a run: the number of a step, or "best"; the last by default
@@ -90,8 +91,9 @@ def teacher_of(
     "The teacher of a run: its own copy, or before there is one, the model that it names; None without."
     if config.distill is None:
         return None
-    kept = run is not None and all((Path(run) / name).exists() for name in ("config.json", "teacher/config.json"))
-    return load_model(Path(run) / "teacher") if run is not None and kept else open_teacher(config.distill)
+    if run is not None and (Path(run) / "config.json").exists() and (Path(run) / "teacher").exists():
+        return load_model(Path(run) / "teacher")
+    return open_teacher(config.distill)
 
 def keep_teacher(
     run,  # the folder of the run
@@ -137,6 +139,7 @@ def network_settings(
     return {"network": "unet", "features": tuple(network.feature_depths), "attention_levels": len(places),
             "res_blocks": network.num_res_blocks, "emb_features": network.emb_features, **heads}
 
+# %% ../../nbs/67_teacher.ipynb #48825fc0
 def settings_of(
     teacher,  # a `PretrainedModel`
 ) -> dict[str, Any]:
@@ -147,11 +150,12 @@ def settings_of(
     if H != W or not set(teacher.conditions) <= known:
         raise ValueError("distill must name a model of square images, with labels, captions or neither, got "
                          f"{H} x {W} and the conditions {', '.join(teacher.conditions) or 'none'}")
-    process = {"schedule": (SCHEDULES, teacher.noise_schedule), "predictor": (PREDICTORS, teacher.model_output_transform)}
+    schedule, predictor = teacher.noise_schedule, teacher.model_output_transform
+    process = {"schedule": (SCHEDULES, schedule), "predictor": (PREDICTORS, predictor)}
     said = {field: name for field, (table, part) in process.items() for name, kind in table.items()
             if type(part) is kind}
-    spread = getattr(teacher.model_output_transform, "sigma_data", getattr(teacher.noise_schedule, "sigma_data", None))
-    return {**network_settings(teacher.model.module), **said, "sigma_data": spread, "image_size": H, "channels": C,
+    said["sigma_data"] = getattr(predictor, "sigma_data", getattr(schedule, "sigma_data", None))
+    return {**network_settings(teacher.model.module), **said, "image_size": H, "channels": C,
             "labels": classes is not None, "classes": None if classes is None else int(classes),
             "text": teacher.encoder, "dropout": 0.0, "augment": 0.0, "loss": "plain"}
 
@@ -163,6 +167,6 @@ def with_teacher(
     theirs = settings_of(teacher)
     for name, value in theirs.items():
         if given.get(name, value) not in (None, value):
-            raise ValueError(f"{name}={given[name]} contradicts --distill {given['distill']}, whose student has "
-                             f"{name}={value}; leave it out")
+            raise ValueError(f"{name}={given[name]} contradicts --distill {given['distill']}, whose student "
+                             f"has {name}={value}; leave it out")
     return {**given, **theirs}

@@ -110,6 +110,7 @@ def _zeros(config):
         return images
     return {"image": images} | {name: np.stack([rows] * len(images)) for name, rows in encoder.null.items()}
 
+# %% ../../nbs/56_train.ipynb #4ba32b85
 def _density(config, schedule):
     "The times of a run; None for the schedule's own."
     if config.distill is not None:
@@ -230,8 +231,8 @@ def _begin_record(config, out, trainer, datalen, done, progress, condition):
     teacher = teacher_of(config, out)
     if progress:
         resumed = f", resumed at step {done}" if done else ""
-        print(_describe(trainer, datalen) + resumed, describe_cost(measure_cost(config, teacher), config, done),
-              sep="\n", flush=True)
+        cost = describe_cost(measure_cost(config, teacher), config, done)
+        print(_describe(trainer, datalen) + resumed, cost, sep="\n", flush=True)
     record = RunRecord(config, out, trainer, progress, condition)
     if teacher is not None:
         keep_teacher(out, teacher)

@@ -568,10 +568,9 @@ def training_step(
     loss = jnp.mean(losses)
     levels = jnp.stack(loss_by_level(losses, recipe.noise_schedule.log_snr(drawn.t), recipe.level_edges))
     if axis:
-        loss, grads = jax.lax.pmean((loss, grads), axis)
+        loss, grads, value = jax.lax.pmean((loss, grads, value), axis)
         levels = jax.lax.psum(levels, axis)
         carried = average_collections(carried, axis)
-        value = jax.lax.pmean(value, axis)
     # The optimizer's update, and the averages of the parameters. Some optimizers ask for the loss.
     optimizer = optax.with_extra_args_support(recipe.optimizer)
     known = {"value": value, "grad": grads, "value_fn": value_at}
