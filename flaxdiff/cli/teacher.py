@@ -152,8 +152,8 @@ def settings_of(
                          f"{H} x {W} and the conditions {', '.join(teacher.conditions) or 'none'}")
     schedule, predictor = teacher.noise_schedule, teacher.model_output_transform
     process = {"schedule": (SCHEDULES, schedule), "predictor": (PREDICTORS, predictor)}
-    said = {field: name for field, (table, part) in process.items() for name, kind in table.items()
-            if type(part) is kind}
+    said: dict[str, Any] = {field: name for field, (table, part) in process.items()
+                            for name, kind in table.items() if type(part) is kind}
     said["sigma_data"] = getattr(predictor, "sigma_data", getattr(schedule, "sigma_data", None))
     return {**network_settings(teacher.model.module), **said, "image_size": H, "channels": C,
             "labels": classes is not None, "classes": None if classes is None else int(classes),
