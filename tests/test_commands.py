@@ -530,6 +530,81 @@ def test_a_command_says_every_setting_that_is_not_the_default():
     assert "mine" not in line and "tensorboard" not in line and "uncertainty" not in line and "--steps" not in line
 
 
+# ---------------------------------------------------------------- a teacher
+
+TAUGHT = "--steps 8 --batch-size 8 --checkpoint-every 4 --report-every 4 --sample-every 8 --no-tensorboard --quiet".split()
+
+
+@pytest.fixture(scope="module")
+def taught(finished, tmp_path_factory):
+    "A finished student of a copy of the finished run, which is gone."
+    base = tmp_path_factory.mktemp("taught")
+    shutil.copytree(finished[0], base / "teacher")
+    train_main([*TAUGHT, "--distill", str(base / "teacher"), "--out", str(base / "run")])
+    shutil.rmtree(base / "teacher")
+    return base / "run"
+
+
+def test_a_student_has_its_teachers_network_and_keeps_it(taught, tmp_path):
+    config, model = read_config(taught / "config.json"), open_model(taught)
+    assert (config.features, config.heads, config.emb_features, config.image_size) == (TINY.features, 2, 16, 8)
+    assert model.is_flow_map and load_model(taught / "teacher").model.module == model.model.module.network
+    for steps in (1, 2): sample_main([str(taught), "--steps", str(steps), "--num", "3", "--out", str(tmp_path / "a.png"), "--save", str(tmp_path / f"{steps}.npy")])
+    one, two = (np.load(tmp_path / f"{steps}.npy") for steps in (1, 2))
+    assert one.shape == (3, 8, 8, 1) and not np.array_equal(one, two)
+    assert np.array_equal(one, model.sampler().generate_images(3, 1, rng=0))
+    export_main([str(taught), str(tmp_path / "model")])
+    again = load_model(tmp_path / "model")
+    assert np.array_equal(one, again.sampler("flow-map").generate_images(3, 1, rng=0)) and "--distill" in again.card["command"]
+    assert "flow-map" in (tmp_path / "model" / "README.md").read_text() and "features" not in again.card["command"]
+
+
+def test_a_resumed_student_is_one_never_stopped(taught, tmp_path):
+    out = tmp_path / "cut"
+    shutil.copytree(taught, out)
+    for name in ("summary.json", "samples.png", "losses.csv"): (out / name).unlink()
+    shutil.rmtree(out / "checkpoints" / "8")
+    train_main([*TAUGHT, "--resume", "--out", str(out)])
+    assert sha(out) == sha(taught) and load_run(out).state.step == 8
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--features 8", "features"), ("--schedule cosine", "schedule"), ("--predictor v", "predictor"), ("--labels", "labels"), ("--text letters", "text"), ("--loss p2", "loss"), ("--augment 0.1", "augment"),
+    ("--network dit", "network"), ("--image-size 16", "image_size"), ("--sigma-data 0.3", "sigma_data"), ("--dropout 0.1", "dropout"), ("--distill nobody", "distill"), ("--distill-by magic", "--distill-by")])
+def test_what_contradicts_a_teacher_is_named(words, named, tmp_path, capsys):
+    status, line = error_of(train_main, ["--distill", "digits", *words.split(), "--out", tmp_path / "run"], capsys)
+    assert status == 2 and named in line and not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_labels_has_a_student_with_labels():
+    from flaxdiff.cli.teacher import open_teacher, settings_of, with_teacher
+    for name, due in (("fashion", {"labels": True, "classes": 10, "image_size": 28}), ("digits-text", {"labels": False, "text": load_model("digits-text").encoder})):
+        settings = settings_of(open_teacher(name))
+        assert due.items() <= settings.items()
+    assert with_teacher({"distill": "fashion", "labels": True}, open_teacher("fashion"))["classes"] == 10
+
+
+def test_a_student_costs_its_teachers_calls_too():
+    from flaxdiff.cli.teacher import open_teacher, with_teacher
+    teacher = open_teacher("digits")
+    config = make_config(with_teacher({"distill": "digits"}, teacher))
+    plain, student = measure_cost(dataclasses.replace(config, distill=None)), measure_cost(config, teacher)
+    assert student.held == plain.parameters < student.parameters
+    assert 1.9 < student.flops / plain.flops < 2.2, "a way forward and back, 3, and three ways forward more: 6 of 3"
+    flow = measure_cost(dataclasses.replace(config, distill_by="mean-flow"), teacher)
+    assert flow.flops > plain.flops and flow.waiting > 0
+
+
+def test_a_distilled_model_is_refused_as_a_teacher_and_words_without_one(taught, tmp_path, capsys):
+    assert "flow map already" in error_of(train_main, ["--distill", taught, "--out", tmp_path / "run"], capsys)[1]
+    assert "--distill MODEL" in error_of(train_main, ["--distill-by", "shortcut", "--out", tmp_path / "run"], capsys)[1]
+
+
+def test_flags_of_the_other_network_are_refused(tmp_path, capsys):
+    for words, named in (("--network dit --features 8", "features"), ("--width 32", "width"), ("--network dit --res-blocks 2", "res_blocks")):
+        assert named in error_of(train_main, [*words.split(), "--out", tmp_path / "run"], capsys)[1]
+
+
 # ---------------------------------------------------------------- longer, and changed
 
 def command(words, out, capsys=None):

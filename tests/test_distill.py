@@ -5,16 +5,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flaxdiff.denoiser import Denoiser
-from flaxdiff.distill import (TwoTimes, consistency_loss, draw_jumps, jump_loss, mean_flow_loss, ode_step, shortcut_loss,
-                              start_from, transport)
+from flaxdiff.distill import (WAYS_TO_DISTIL, TwoTimes, consistency_loss, distillation, draw_jumps, equal_levels, jump_loss,
+                              mean_flow_loss, ode_step, shortcut_loss, start_from, transport)
 from flaxdiff.exact import Gaussian
 from flaxdiff.guidance import ClassifierFreeGuidance
 from flaxdiff.models.layers import TimeEmbedding
 from flaxdiff.samplers import EulerSampler, FlowMap, FlowMapSampler, HeunSampler, uniform_grid
-from flaxdiff.trainer.losses import diffusion_loss
+from flaxdiff.models import DiT, SimpleUNet
+from flaxdiff.network import TrainedModel
+from flaxdiff.pretrained import load_model
+from flaxdiff.trainer import DiffusionTrainer
+from flaxdiff.trainer.losses import LearnedUncertainty, diffusion_loss
 from laws import PREDICTORS, SCHEDULES, WAVE, ZERO_SNR, Wave, over, x64
 
 MEAN, SPREAD = 0.3, 0.5
@@ -304,3 +309,90 @@ def test_p_and_q_of_a_jump_of_no_length(x64):
         P, Q = transport(student.way(jnp.full(2, 0.4), jnp.full(2, 0.4)), jnp.ones((2, 1)))
         np.testing.assert_allclose(P, 1, rtol=1e-12), np.testing.assert_allclose(Q, 0, atol=1e-12)
     assert float(perfect(*FEW["straight"]).way(0.0, 0.0).share) == 1
+
+
+# By the trainer
+
+PICTURES = np.random.default_rng(0).uniform(-1, 1, (8, 4, 4, 1)).astype(np.float32)
+BATCH = {"image": PICTURES, "label": np.arange(8) % 3}
+
+
+def new_trainer(students, by="consistency", **options):
+    "A student of TINY at the teacher's weights, and the teacher."
+    network, params, teacher = students
+    schedule, row = FEW["EDM"]
+    teacher = Denoiser(TrainedModel(TINY, (4, 4, 1)), jax.tree.map(lambda v: v + 0.05, teacher), schedule, row)
+    options = {"objective": distillation(teacher, by), "time_density": equal_levels(schedule), **options}
+    trainer = DiffusionTrainer(network, optax.sgd(0.1), schedule, model_output_transform=row, **options)
+    trainer.initialize(BATCH)
+    trainer.load_weights(start_from(trainer.state.params, teacher.params))
+    return trainer
+
+
+def moved(trainer, n=2):
+    "Its parameters after n updates, flat."
+    for _ in range(n): trainer.train_step(BATCH)
+    return np.concatenate([np.ravel(v) for v in jax.tree.leaves(trainer.state.params)])
+
+
+@pytest.mark.parametrize("by", WAYS_TO_DISTIL)
+def test_parts_make_no_difference_to_a_student(students, by):
+    "As in (6) of the step: each example draws from its own key."
+    whole, parts = (moved(new_trainer(students, by, accumulate=n)) for n in (1, 4))
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
+    assert np.abs(whole - moved(new_trainer(students, by), 0)).max() > 1e-4
+
+
+def test_a_killed_student_is_one_never_killed(students, tmp_path):
+    "Bit for bit; the checkpoint holds the teacher, too, and the average what is learned alone."
+    def run(steps):
+        trainer = new_trainer(students, checkpoint_dir=tmp_path)
+        trainer.restore()
+        trainer.fit(iter([BATCH] * 4), steps, progress=False)
+        return trainer
+    run(2)
+    there = run(2)
+    assert there.steps_done == 4 and there.run_checkpoints is not None
+    whole = moved(new_trainer(students), 4)
+    np.testing.assert_array_equal(moved(there, 0), whole)
+    assert len(there.state.held) == len(jax.tree.leaves(students[2]))
+    there.export(tmp_path / "model", without=["model"])
+    again = load_model(tmp_path / "model", model=students[0])
+    assert again.is_flow_map and isinstance(again.sampler(), FlowMapSampler) and isinstance(again.denoiser, FlowMap)
+
+
+def test_a_teacher_is_an_argument_of_the_program(students):
+    "Not numbers in it; and it is nobody's to give away: it is there after the step has used its state up."
+    trainer = new_trainer(students)
+    teacher = trainer.objective.args[0]
+    moved(trainer)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(teacher.params))
+    step = lambda state: trainer.training.parallel.program.lower(state, np.asarray(jax.random.key_data(trainer.key)), np.arange(8)[None], (PICTURES[None], {"label": BATCH["label"][None]}))
+    kernel = np.asarray(jax.tree.leaves(teacher.params)[-1]).ravel()[0]
+    assert f"{kernel:.6E}"[:7] not in step(trainer.training.copies).as_text().upper()
+
+
+def test_the_regression_as_an_objective(students):
+    def regression(denoiser, drawn, conditioning):
+        a, b = (jnp.reshape(v, (-1, 1, 1, 1)) for v in rates(denoiser.noise_schedule, drawn.t))
+        row = denoiser.model_output_transform
+        F = row.get_target(*denoiser(a * drawn.x0 + b * drawn.eps, drawn.t, conditioning), a, b)
+        return jnp.mean((F - row.get_target(drawn.x0, drawn.eps, a, b)) ** 2, (1, 2, 3))
+    for options in ({}, {"uncertainty": LearnedUncertainty()}):
+        own, library = (moved(new_trainer(students, objective=f, **options)) for f in (regression, None))
+        np.testing.assert_allclose(own, library, rtol=2e-4, atol=1e-5)
+
+
+def test_what_an_objective_would_ignore_is_refused(students):
+    for name, value in (("loss", lambda *_: 0), ("loss_weight", lambda a, s: 1), ("learn_variance", True), ("augment", 0.1)):
+        with pytest.raises(ValueError, match=f"^{name} "): new_trainer(students, **{name: value})
+    with pytest.raises(ValueError, match="objective"): new_trainer(students, objective=3)
+    with pytest.raises(ValueError, match="what objective returns"): moved(new_trainer(students, objective=lambda d, drawn, c: jnp.mean(drawn.x0)), 1)
+    with pytest.raises(ValueError, match="by must be"): distillation(None, "magic")
+
+
+@pytest.mark.parametrize("network", [DiT(1, 2, 8, 1, 2), SimpleUNet(1, 8, (4,), (None, {"heads": 2}), 1, norm_groups=2, remat=True)], ids=["dit", "unet"])
+def test_every_network_of_the_book_can_be_told_an_end(network):
+    x = jnp.ones((2, 4, 4, 1))
+    params = jax.eval_shape(TwoTimes(network).init, jax.random.key(0), x, jnp.ones(2))
+    assert set(params["params"]) == {"network", "end_embedding"}

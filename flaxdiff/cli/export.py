@@ -16,6 +16,7 @@ import jax
 from . import CommandParser, open_console
 from .sample import checkpoint_step, run_model
 from .settings import make_config
+from .teacher import OF_TEACHER
 from .train import local_path, read_config, read_summary, run_command
 from ..pretrained import save_model
 
@@ -30,9 +31,10 @@ def train_command(
     if config.dataset != "digits":
         words.append(f"--recipe {config.recipe}")
     usual = make_config({"dataset": config.dataset, "recipe": config.recipe})
+    taught = () if config.distill is None else OF_TEACHER
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
-        if value == getattr(usual, field.name) or field.name in ("dataset", *NOT_OF_THE_MODEL):
+        if value == getattr(usual, field.name) or field.name in ("dataset", *NOT_OF_THE_MODEL, *taught):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

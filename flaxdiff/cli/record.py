@@ -25,7 +25,8 @@ from .cost import in_words
 from .settings import local_path
 from ..losses import plot_loss_by_level
 from ..plots import to_grid
-from ..samplers import HeunSampler
+from ..samplers import FlowMapSampler, HeunSampler
+from ..samplers.flow_map import takes_end
 
 # %% ../../nbs/59_record.ipynb #8be38a20
 def write_whole(
@@ -165,9 +166,10 @@ class RunRecord:
 def run_sampler(
     trainer,  # a `DiffusionTrainer`
 ) -> typing.Any:
-    "The sampler of a run's own pictures."
-    return HeunSampler(trainer.model, trainer.state.ema_params, trainer.noise_schedule,
-                       trainer.model_output_transform)
+    "The sampler of a run's own pictures: Heun's method, or the jumps of a flow map."
+    solver = FlowMapSampler if takes_end(trainer.model) else HeunSampler
+    return solver(trainer.model, trainer.state.ema_params, trainer.noise_schedule,
+                  trainer.model_output_transform)
 
 def picture_condition(
     config,  # a `TrainConfig`
@@ -188,8 +190,9 @@ def draw_images(
     config,  # a `TrainConfig`
     condition=(),  # of `picture_condition`
 ):
-    "64 images from the run's own noise."
-    return sampler.generate_images(64, 18, rng=config.seed, conditioning=condition)
+    "64 images from the run's own noise: on 18 levels, or in 4 jumps."
+    levels = 4 if isinstance(sampler, FlowMapSampler) else 18
+    return sampler.generate_images(64, levels, rng=config.seed, conditioning=condition)
 
 # %% ../../nbs/59_record.ipynb #8dfdb424
 def is_number(

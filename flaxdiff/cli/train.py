@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 # %% ../../nbs/56_train.ipynb #5cede846
 from ..checkpoints import CheckpointError, fingerprint
 from . import open_console
-from .cost import (check_fits, check_memory, data_shape, describe_cost, least_bytes,
+from .cost import (check_fits, check_memory, data_shape, describe_cost, finest_channels, least_bytes,
                                machine_memory, make_network, make_process, measure_cost, text_encoder)
 from .record import (PICTURES, RunRecord, draw_images, is_number, picture_condition,
                                  picture_format, read_summary, run_folder, run_sampler, save_grid,
@@ -35,7 +35,9 @@ from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZER
                                    SCHEDULES, TOPICS, TrainConfig, check_config, check_field,
                                    choose_config, data_kind, describe_changes, kind_of, local_path,
                                    merge_settings, newest_step, read_config, read_settings, train_parser)
+from .teacher import keep_teacher, open_teacher, parts_of, teacher_of, with_teacher
 from ..data import get_dataset
+from ..distill import distillation, equal_levels, start_from
 from ..distributed import start_hosts
 from ..losses import LearnedUncertainty, uniform_log_snr
 from ..speed import cache_programs, keep_memory
@@ -108,30 +110,40 @@ def _zeros(config):
         return images
     return {"image": images} | {name: np.stack([rows] * len(images)) for name, rows in encoder.null.items()}
 
+# %% ../../nbs/56_train.ipynb #4ba32b85
+def _density(config, schedule):
+    "The times of a run; None for the schedule's own."
+    if config.distill is not None:
+        return equal_levels(schedule)
+    return uniform_log_snr(schedule) if config.loss == "elbo" else None
+
 def build_trainer(
     config,  # a `TrainConfig`
     run=None,  # the folder of the run, for its checkpoints; none are kept by default
 ):
     "The initialized trainer of a configuration; its data are not looked at."
     check_config(config)
+    teacher = teacher_of(config, run)
     shape, sigma_data = data_shape(config)
-    check_memory("batch_size", config.batch_size, shape, config.features[0])
-    schedule, predictor = make_process(config)
-    encoder = text_encoder(config)
+    check_memory("batch_size", config.batch_size, shape, finest_channels(config))
+    network, schedule, predictor, null = parts_of(config, teacher)
     trainer: typing.Any = DiffusionTrainer(
-        make_network(config, shape[-1]), make_optimizer(config), schedule, config.seed, config.dataset,
+        network, make_optimizer(config), schedule, config.seed, config.dataset,
         model_output_transform=predictor, ema_decay=config.ema_decay, ema_profiles=config.ema_profiles,
         loss_weight=LOSSES[config.loss](schedule, sigma_data),
-        time_density=uniform_log_snr(schedule) if config.loss == "elbo" else None,
+        time_density=_density(config, schedule),
+        objective=None if teacher is None else distillation(teacher.denoiser, config.distill_by),
         uncertainty=LearnedUncertainty() if config.uncertainty else None,
         flip=config.flip, augment=config.augment, how=config.how, fsdp=config.fsdp,
-        condition_dropout=config.condition_dropout if config.labels or encoder else None,
-        null_condition=None if encoder is None else encoder.null,
+        condition_dropout=config.condition_dropout if config.labels or config.text else None,
+        null_condition=null or None,
         accumulate=config.accumulate, steps_per_dispatch=config.steps_per_dispatch,
         max_skipped=config.max_skipped,
         checkpoint_dir=None if run is None else Path(run) / "checkpoints",
         checkpoint_every=config.checkpoint_every if run is not None else None, max_to_keep=config.max_to_keep)
     trainer.initialize(_zeros(config))
+    if teacher is not None:
+        trainer.load_weights(start_from(trainer.state.params, teacher.params))
     trainer.config = dataclasses.asdict(config)
     return trainer
 
@@ -153,13 +165,17 @@ def make_trainer(
 ):
     "(trainer, data, number of examples) of a configuration, ready to `fit`."
     check_config(config)
+    teacher = teacher_of(config, run)
+    if teacher is not None:
+        config = TrainConfig(**with_teacher(dataclasses.asdict(config), teacher))
     shape, _ = data_shape(config)
-    check_memory("batch_size", config.batch_size, shape, config.features[0])
+    channels = finest_channels(config)
+    check_memory("batch_size", config.batch_size, shape, channels)
     data, datalen = open_data(config)
     config = _settle(config, data)
     shape, _ = data_shape(config)
-    if 200 * config.batch_size * least_bytes(shape, config.features[0]) > machine_memory():
-        check_fits(measure_cost(config), config)  # small networks need no trace
+    if 200 * config.batch_size * least_bytes(shape, channels) > machine_memory():
+        check_fits(measure_cost(config, teacher), config)  # small networks need no trace
     return build_trainer(config, run), data, datalen
 
 # %% ../../nbs/56_train.ipynb #72f24993
@@ -212,11 +228,14 @@ def _begin_record(config, out, trainer, datalen, done, progress, condition):
     "The `RunRecord` of the first host, after what is said before a run begins."
     if jax.process_index() > 0:
         return contextlib.nullcontext()
+    teacher = teacher_of(config, out)
     if progress:
         resumed = f", resumed at step {done}" if done else ""
-        print(_describe(trainer, datalen) + resumed, describe_cost(measure_cost(config), config, done),
-              sep="\n", flush=True)
+        cost = describe_cost(measure_cost(config, teacher), config, done)
+        print(_describe(trainer, datalen) + resumed, cost, sep="\n", flush=True)
     record = RunRecord(config, out, trainer, progress, condition)
+    if teacher is not None:
+        keep_teacher(out, teacher)
     write_json(out / "config.json", dataclasses.asdict(config))
     (out / "summary.json").unlink(missing_ok=True)  # of the run before it was made longer
     return contextlib.closing(record)
@@ -301,6 +320,8 @@ def settle(
     new_optimizer,  # whether its optimizer begins afresh
 ):
     "The configuration of a run, and what has changed in it, said in a line."
+    if given.get("distill") is not None and not (out / "config.json").exists():
+        given = with_teacher(given, open_teacher(given["distill"]))
     config = choose_config(given, out, resume, new_optimizer)
     if not (out / "config.json").exists():
         return config

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DROPOUT', 'check_function', 'Recipe', 'Drawn', 'draw_example', 'draw_batch', 'as_floats', 'losses_and_carried',
-           'loss_per_example', 'check_output', 'compare', 'step_variance_loss', 'TrainState', 'join_params',
-           'split_params', 'init_state', 'start_state', 'unread_conditions', 'null_row', 'null_rows', 'drop_conditions',
-           'objective', 'Gradient', 'cut_in_parts', 'gradient', 'ema_update', 'update_averages', 'keep_finite',
-           'average_collections', 'all_finite', 'value_of', 'training_step']
+           'loss_per_example', 'check_output', 'compare', 'step_variance_loss', 'own_losses', 'arrays_held',
+           'TrainState', 'StateBeside', 'join_params', 'split_params', 'init_state', 'start_state', 'holding',
+           'unread_conditions', 'null_row', 'null_rows', 'drop_conditions', 'mean_loss', 'Gradient', 'cut_in_parts',
+           'gradient', 'ema_update', 'update_averages', 'keep_finite', 'average_collections', 'all_finite', 'value_of',
+           'training_step']
 
 # %% ../../nbs/39_step.ipynb #cff683d7
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ import optax
 from jax.core import Tracer
 
 from ..data import augment_image
-from ..denoiser import split_output
-from ..network import Network, NetworkCall, check_null, join_variables, null_of, split_variables
+from ..denoiser import Denoiser, Identity, split_output
+from ..network import (Network, NetworkCall, TrainedModel, check_null, join_variables, null_of,
+                              split_variables)
 from .ema import power_init, power_update
 from .losses import diffusion_loss, loss_by_level, uncertain_loss, variance_loss
 from ..utils import check_flag, check_positive_int, check_real, check_shape
@@ -62,6 +64,7 @@ class Recipe:
     loss: Callable[..., Any] | None = None  # (F, target, α, σ) -> (B,); `diffusion_loss` by default
     condition_dropout: float | None = None  # share of examples that lose their condition; see `null_rows`
     null_condition: Mapping[str, Any] | None = None  # what they get instead, beside the network's own
+    objective: Callable[..., Any] | None = None  # (denoiser, drawn, conditions) -> (B,), in place of (1)
 
     def __post_init__(self):
         check_real("ema_decay", self.ema_decay, 0, 1, ends="[)")
@@ -74,8 +77,11 @@ class Recipe:
             check_flag(name, getattr(self, name))
         for name in ("accumulate", "shares", "max_skipped"):
             check_positive_int(name, getattr(self, name))
-        for name in ("loss_weight", "time_density", "loss"):
+        for name in ("loss_weight", "time_density", "loss", "objective"):
             check_function(name, getattr(self, name))
+        for name in ("loss", "loss_weight", "learn_variance", "augment"):
+            if self.objective is not None and getattr(self, name):
+                raise ValueError(f"{name} belongs to the library's regression: with objective, leave it out")
         if self.loss is not None and self.loss_weight is not None:
             raise ValueError("loss_weight is for the library's own loss: with loss, leave it out")
         self.network.check(self.null)  # a ValueError where it cannot be called, or not with these
@@ -147,6 +153,8 @@ def losses_and_carried(
     train: bool = False,  # whether its layers draw, and remember
 ) -> tuple[jax.Array, dict]:
     "((1) for each example, (B,), the network's other collections): noise it, ask the network, compare."
+    if recipe.objective is not None:
+        return own_losses(recipe, variables, drawn, conditioning), split_variables(variables)[1]
     t, eps, x0, labels, keys = drawn
     schedule, predictor = recipe.noise_schedule, recipe.model_output_transform
     # Noise it.
@@ -219,6 +227,31 @@ def step_variance_loss(
     kl = variance_loss(v, x0_hat, x0, schedule.get_rates(t), schedule.get_rates(s))
     return kl / jnp.maximum(jnp.log(schedule.sigma(t) / schedule.sigma(s)), 1e-6)
 
+# %% ../../nbs/39_step.ipynb #0d1803f4
+def own_losses(
+    recipe: Recipe,  # with an `objective`
+    variables: Any,  # all of the network's
+    drawn: Drawn,  # of `draw_batch`
+    conditioning: Any = (),  # as for `losses_and_carried`
+) -> jax.Array:
+    "The recipe's objective for each example, (B,): it is given the network as a `Denoiser`."
+    parts = TrainedModel(recipe.model), recipe.noise_schedule, recipe.model_output_transform
+    denoiser = Denoiser.tree_unflatten(Identity(*parts), (variables,))
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 2 ** 31 + 2))(drawn.keys)
+    assert recipe.objective is not None
+    losses = recipe.objective(denoiser, drawn._replace(keys=keys), conditioning)
+    check_shape("what objective returns", losses, (len(drawn.t),))
+    return losses
+
+def arrays_held(
+    objective: Any,  # a function, a pytree that can be called, or None
+) -> tuple[list, Callable[[Any], Any]]:
+    "(the arrays in it, what puts others into their places): a plain function holds none."
+    leaves, structure = jax.tree.flatten(objective)
+    if len(leaves) == 1 and leaves[0] is objective:
+        return [], lambda arrays: objective
+    return [jnp.asarray(leaf) for leaf in leaves], structure.unflatten
+
 # %% ../../nbs/39_step.ipynb #f6da7247
 class TrainState(flax.struct.PyTreeNode):
     "All that training changes."
@@ -230,6 +263,10 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any  # the optimizer's memory, of what is trained or (that, uncertainty)
     skipped: jax.Array  # (): updates that were skipped because something was no finite number
     in_a_row: jax.Array  # (): the last so many; at `max_skipped` nothing changes any more
+
+class StateBeside(TrainState):
+    "A `TrainState`, and the arrays that an objective holds: an update changes none of them."
+    held: Any  # of `arrays_held`
 
 def join_params(
     recipe: Recipe,  # with or without `uncertainty`
@@ -274,7 +311,18 @@ def start_state(
     opt_state = recipe.optimizer.init(join_params(recipe, trained, uncertainty))
     profiles = power_init(params, recipe.ema_profiles)
     zero = jnp.int32(0)
-    return TrainState(zero, params, params, profiles, uncertainty, opt_state, zero, zero)
+    fields = zero, params, params, profiles, uncertainty, opt_state, zero, zero
+    held, _ = arrays_held(recipe.objective)
+    return StateBeside(*fields, held) if held else TrainState(*fields)
+
+def holding(
+    recipe: Recipe,  # perhaps with an objective that holds arrays
+    state: TrainState,  # of `start_state`
+) -> Recipe:
+    "The recipe, its objective holding the arrays of the state."
+    if not isinstance(state, StateBeside):
+        return recipe
+    return replace(recipe, objective=arrays_held(recipe.objective)[1](state.held))
 
 # %% ../../nbs/39_step.ipynb #799b7f00
 def unread_conditions(
@@ -347,7 +395,7 @@ def drop_conditions(
     return {name: choose(jnp.asarray(rows), nulls[name]) for name, rows in conditioning.items()}
 
 # %% ../../nbs/39_step.ipynb #fe49785e
-def objective(
+def mean_loss(
     recipe: Recipe,  # what the loss is made of
     learned: Any,  # of `join_params`
     carried: dict,  # the network's other collections
@@ -393,7 +441,7 @@ def gradient(
     conditioning: Any = (),  # as for `losses_and_carried`
 ) -> Gradient:
     "(6), in P equal parts one after the other; the other collections go from part to part."
-    grad_of = jax.value_and_grad(partial(objective, recipe), has_aux=True)
+    grad_of = jax.value_and_grad(partial(mean_loss, recipe), has_aux=True)
     P = recipe.accumulate
     if P == 1:
         (value, (losses, carried)), grads = grad_of(learned, carried, drawn, conditioning)
@@ -485,7 +533,7 @@ def value_of(
     "learned -> what is made small, for optimizers that search along a line: always on the same draws."
     def value(learned):
         parts = cut_in_parts(recipe, (drawn, conditioning))
-        return jax.lax.map(lambda part: objective(recipe, learned, carried, *part)[0], parts).mean()
+        return jax.lax.map(lambda part: mean_loss(recipe, learned, carried, *part)[0], parts).mean()
     if axis is None:
         return value
 
@@ -508,6 +556,7 @@ def training_step(
     axis: str | None = None,  # the name of the devices to average over
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     "(S_{n+1}, metrics): (2), on one device's share of the batch. Pure."
+    recipe = holding(recipe, state)
     # Draw times, noise and mirror images; drop conditions.
     drawn = draw_batch(recipe, key, state.step, index, batch[0])
     conditioning = drop_conditions(recipe, drawn.keys, batch[1])
@@ -519,10 +568,9 @@ def training_step(
     loss = jnp.mean(losses)
     levels = jnp.stack(loss_by_level(losses, recipe.noise_schedule.log_snr(drawn.t), recipe.level_edges))
     if axis:
-        loss, grads = jax.lax.pmean((loss, grads), axis)
+        loss, grads, value = jax.lax.pmean((loss, grads, value), axis)
         levels = jax.lax.psum(levels, axis)
         carried = average_collections(carried, axis)
-        value = jax.lax.pmean(value, axis)
     # The optimizer's update, and the averages of the parameters. Some optimizers ask for the loss.
     optimizer = optax.with_extra_args_support(recipe.optimizer)
     known = {"value": value, "grad": grads, "value_fn": value_at}
@@ -531,8 +579,8 @@ def training_step(
     trained, uncertainty = split_params(recipe, learned)
     params = join_variables(trained, carried)
     ema_params, profiles = update_averages(recipe, state, params, opt_state)
-    new = TrainState(state.step, params, ema_params, profiles, uncertainty, opt_state, state.skipped,
-                     state.in_a_row)
+    new = state.replace(params=params, ema_params=ema_params, profiles=profiles, uncertainty=uncertainty,
+                        opt_state=opt_state)
     # Skipped where a number, or its square, as Adam squares it, is not finite. The root matters to XLA alone:
     # without it the sums are copied into the choice of every leaf, and compiling takes four times as long.
     squared = optax.tree.norm(grads, squared=True)
