@@ -6,5 +6,5 @@ from .schedules import StepNoiseScheduler, ddim_times, schedule_from, scheduler_
 from .unets import TwinUNet, make_unet
 
 __all__ = ["load_diffusers", "load_autoencoder", "schedule_from", "scheduler_config", "ddim_times", "read_part",
-           "write_part", "make_unet", "make_autoencoder", "DiffusersModel", "Autoencoder", "PromptEncoder", "TwinUNet",
-           "TwinAutoencoder", "StepNoiseScheduler"]
+           "write_part", "make_unet", "make_autoencoder", "DiffusersModel", "Autoencoder", "PromptEncoder",
+           "TwinUNet", "TwinAutoencoder", "StepNoiseScheduler"]
