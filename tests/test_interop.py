@@ -11,7 +11,6 @@ from flaxdiff.interop import ddim_times, load_autoencoder, load_diffusers, sched
 from flaxdiff.interop.folders import WEIGHTS, make_twin, parameter_shapes, read_part, to_files
 from flaxdiff.predictors import EpsilonPredictor, FlowPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
 from flaxdiff.pretrained import read_tensors, write_tensors
-from flaxdiff.samplers import lambda_grid
 from flaxdiff.schedulers import (CosineNoiseSchedule, DiscreteNoiseScheduler, EDMNoiseScheduler, ExpNoiseSchedule, FlowNoiseScheduler, KarrasVENoiseScheduler,
                                  LinearNoiseSchedule)
 
@@ -230,10 +229,10 @@ def test_a_ddpm_draws(tmp_path):
     assert model.image_shape == (8, 8, 3) and model.conditions == () and model.autoencoder is None and model.text is None
     images = model.sampler("ddim").generate_images(3, 2, rng=0)
     assert images.shape == (3, 8, 8, 3) and np.abs(images).max() <= 1
-    x0, eps = model.denoiser(jnp.ones((2, 8, 8, 3)), 500.0)
+    x0, eps = jax.jit(lambda denoiser, x: denoiser(x, 500.0))(model.denoiser, jnp.ones((2, 8, 8, 3)))
     t = model.noise_schedule
     np.testing.assert_allclose(t.alpha(500.0) * x0 + t.sigma(500.0) * eps, 1, atol=1e-5)
-    F = model.model.apply(model.params, jnp.ones((2, 8, 8, 3)), jnp.full(2, 499.0))
+    F = jax.jit(model.model.apply)(model.params, jnp.ones((2, 8, 8, 3)), jnp.full(2, 499.0))
     np.testing.assert_allclose(eps, F, atol=1e-5)
 
 
@@ -251,8 +250,7 @@ def test_latents_are_decoded_and_never_clipped(tmp_path):
     mean, std = model.autoencoder.encode(images)
     assert mean.shape == (2, 8, 8, 4) == std.shape and np.all(std > 0)
     np.testing.assert_allclose(model.encode(images), mean, atol=1e-6)
-    np.testing.assert_allclose(model.decode(latents), model.autoencoder.decode(latents, batch=1), atol=1e-4)
-    raw = model.autoencoder.module.apply(model.autoencoder.params, images, method="encode")[0]
+    raw = model.autoencoder.programs["encode"](model.autoencoder.params, images)[0]
     np.testing.assert_allclose(mean, 0.25 * raw, atol=1e-5)
     for match, bad in {"sides": images[:, :15], "lie in": images * 3}.items():
         with pytest.raises(ValueError, match=match): model.autoencoder.encode(bad)
@@ -262,9 +260,10 @@ def test_latents_are_decoded_and_never_clipped(tmp_path):
 def test_guidance_by_given_texts(tmp_path):
     "Without a text encoder of its own the null condition is given."
     from flaxdiff.guidance import ClassifierFreeGuidance
-    from flaxdiff.samplers import DPMSolverPlusPlusSampler
     model = load_diffusers(write_pipeline(tmp_path, TINY_TEXT))
     with pytest.raises(ValueError, match="null_condition"): model.sampler("ddim", guidance_scale=3.0)
     guided = ClassifierFreeGuidance(model.denoiser, {"textcontext": np.zeros((3, 12), np.float32)}, 3.0)
-    images = DPMSolverPlusPlusSampler(guided).generate_images(2, 3, rng=0, grid=lambda_grid, conditioning={"textcontext": np.ones((2, 3, 12), np.float32)})
-    assert images.shape == (2, 8, 8, 4)
+    x, text = jnp.ones((1, 8, 8, 4)), {"textcontext": np.ones((1, 3, 12), np.float32)}
+    x0, eps = jax.jit(lambda denoiser, x, text: denoiser(x, 500.0, text))(guided, x, text)
+    both = jax.jit(model.model.apply)(model.params, jnp.concatenate([x, x]), jnp.full(2, 499.0), textcontext=jnp.stack([text["textcontext"][0], jnp.zeros((3, 12))]))
+    np.testing.assert_allclose(eps[0], both[1] + 3 * (both[0] - both[1]), atol=1e-4)

@@ -10,6 +10,7 @@ __all__ = ['LEAVES', 'OLD', 'WEIGHTS', 'file_name', 'turned', 'to_files', 'from_
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..pretrained import (local_folder, new_folder, read_tensors, whole_folder, 
 from ..utils import check_real
 
 # %% ../../nbs/76_weights_by_name.ipynb #095e70f0
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # of a layer, in files
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # ours: in files
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # up to diffusers 0.16
 
 def file_name(
@@ -115,11 +116,12 @@ def read_weights(
     else:
         paths = sorted(folder.glob("*.safetensors"))
         if len(paths) != 1:
-            raise ValueError(f"{folder} must hold {WEIGHTS}, {index.name}, or one other safetensors file, and "
-                             f"holds {', '.join(p.name for p in paths) or 'none'}; a .bin is not read")
+            raise ValueError(f"{folder} must hold {WEIGHTS}, {index.name}, or one other safetensors file, "
+                             f"and holds {', '.join(p.name for p in paths) or 'none'}; a .bin is not read")
     return {name: value for path in paths for name, value in read_tensors(path).items()}
 
 # %% ../../nbs/76_weights_by_name.ipynb #86387949
+@lru_cache(maxsize=16)
 def parameter_shapes(
     module: Any,  # a `TwinUNet` or a `TwinAutoencoder`
 ) -> Any:
@@ -138,8 +140,8 @@ def parameter_shapes(
 def make_twin(
     config: Mapping[str, Any],  # of a config.json
     dtype: Any = None,  # of the computation
-) -> TwinUNet | TwinAutoencoder:
-    "The network that config.json describes."
+) -> Any:
+    "The `TwinUNet` or `TwinAutoencoder` that config.json describes."
     is_autoencoder = config.get("_class_name") == "AutoencoderKL"
     return make_autoencoder(config, dtype) if is_autoencoder else make_unet(config, dtype)
 

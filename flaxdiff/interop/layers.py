@@ -41,7 +41,7 @@ def time_features(
     cosine_first: bool = True,  # `flip_sin_to_cos`: cosines before the sines
     shift: float = 0,  # `freq_shift`: the last frequency is 10000^(-(h-1)/(h-shift)), h = features/2
 ) -> jax.Array:
-    "(B, features): sines and cosines of i ω_k, ω_k = 10000^(-k/(h-shift)) (Vaswani et al. 2017, section 3.5)."
+    "(B, features): sin and cos of i ω_k, ω_k = 10000^(-k/(h-shift)) (Vaswani et al. 2017, section 3.5)."
     half = features // 2
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
     angle = jnp.asarray(temb, jnp.float32)[:, None] * np.exp(exponent)  # in float32, as it was trained

@@ -127,7 +127,7 @@ def check_pipeline(
     for name, described in index.items():
         is_part = isinstance(described, list) and described[:1] != [None]
         if is_part and name not in (*PARTS, *UNUSED):
-            raise ValueError(f"{path} asks for {name}={described}; the parts read here are {', '.join(PARTS)}")
+            raise ValueError(f"{path} asks for {name}={described}; those read here are {', '.join(PARTS)}")
 
 def latent_shape(
     unet: TwinUNet,  # the network

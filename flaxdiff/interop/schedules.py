@@ -123,7 +123,7 @@ def scheduler_config(
     noise_schedule: NoiseScheduler,  # of betas, or the EDM ramp
     predictor: DiffusionPredictionTransform,  # what the network's output means
 ) -> dict[str, Any]:
-    "What scheduler_config.json would say; diffusers tells the network t - 1 (EDM: ln σ/4). Else `ValueError`."
+    "What scheduler_config.json would say; diffusers tells a network t - 1 (EDM: ln σ/4). Or `ValueError`."
     if isinstance(noise_schedule, KarrasVENoiseScheduler):
         return edm_scheduler_config(noise_schedule, predictor)
     if not isinstance(noise_schedule, DiscreteNoiseScheduler):
