@@ -121,6 +121,17 @@ def test_written_and_read_bit_for_bit(config, dtype, tmp_path):
     assert {v.dtype for v in jax.tree.leaves(read_part(tmp_path / "part", "bfloat16")[1])} == {jnp.dtype("bfloat16")}
 
 
+def test_dtypes_of_parameters_and_computation(tmp_path):
+    part = write_part(tmp_path / "part", TINY, random_params(TINY))
+    x, temb = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    for dtype, compute, due in ((None, None, "float32"), ("bfloat16", None, "float32"), (None, "bfloat16", "bfloat16"), (jnp.float16, jnp.float16, "float16")):
+        module, params, _ = read_part(part, dtype, compute)
+        assert jax.eval_shape(module.apply, params, x, temb).dtype == due
+    for argument in ("dtype", "compute"):
+        with pytest.raises(ValueError, match=f"{argument} must be one of"): read_part(part, **{argument: "int8"})
+        with pytest.raises(ValueError, match=f"{argument} must be one of"): read_part(part, **{argument: "half"})
+
+
 def test_shards(tmp_path):
     params = random_params(TINY)
     tensors = to_files(params)
@@ -227,13 +238,12 @@ def test_a_ddpm_draws(tmp_path):
     (part / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
     model = load_diffusers(part)
     assert model.image_shape == (8, 8, 3) and model.conditions == () and model.autoencoder is None and model.text is None
-    images = model.sampler("ddim").generate_images(3, 2, rng=0)
+    sampler = model.sampler("ddim")
+    images = sampler.generate_images(3, 2, rng=0)
     assert images.shape == (3, 8, 8, 3) and np.abs(images).max() <= 1
-    x0, eps = jax.jit(lambda denoiser, x: denoiser(x, 500.0))(model.denoiser, jnp.ones((2, 8, 8, 3)))
-    t = model.noise_schedule
-    np.testing.assert_allclose(t.alpha(500.0) * x0 + t.sigma(500.0) * eps, 1, atol=1e-5)
-    F = jax.jit(model.model.apply)(model.params, jnp.ones((2, 8, 8, 3)), jnp.full(2, 499.0))
-    np.testing.assert_allclose(eps, F, atol=1e-5)
+    x, schedule = jnp.ones((3, 8, 8, 3)), model.noise_schedule
+    F = jax.jit(model.model.apply)(model.params, x, jnp.full(3, 499.0))  # it is told i = t - 1
+    np.testing.assert_allclose(sampler.sample(x, [500.0]), (x - schedule.sigma(500.0) * F) / schedule.alpha(500.0), rtol=1e-4, atol=1e-3)
 
 
 def test_latents_are_decoded_and_never_clipped(tmp_path):
@@ -262,6 +272,8 @@ def test_guidance_by_given_texts(tmp_path):
     from flaxdiff.guidance import ClassifierFreeGuidance
     model = load_diffusers(write_pipeline(tmp_path, TINY_TEXT))
     with pytest.raises(ValueError, match="null_condition"): model.sampler("ddim", guidance_scale=3.0)
+    sampler = object()
+    assert model.decoding(sampler) is sampler  # there is nothing to decode
     guided = ClassifierFreeGuidance(model.denoiser, {"textcontext": np.zeros((3, 12), np.float32)}, 3.0)
     x, text = jnp.ones((1, 8, 8, 4)), {"textcontext": np.ones((1, 3, 12), np.float32)}
     x0, eps = jax.jit(lambda denoiser, x, text: denoiser(x, 500.0, text))(guided, x, text)

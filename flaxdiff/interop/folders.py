@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAVES', 'OLD', 'WEIGHTS', 'file_name', 'turned', 'to_files', 'from_files', 'named', 'read_json', 'read_weights',
-           'parameter_shapes', 'make_twin', 'read_part', 'write_part', 'load_autoencoder']
+           'parameter_shapes', 'make_twin', 'dtype_name', 'read_part', 'write_part', 'load_autoencoder']
 
 # %% ../../nbs/76_weights_by_name.ipynb #f2ed7399
 import json
@@ -24,7 +24,7 @@ from .autoencoder import AUTOENCODER_KL, Autoencoder, TwinAutoencoder, make_auto
 from .unets import TwinUNet, make_unet
 from ..pretrained import (local_folder, new_folder, read_tensors, whole_folder, write_tensors,
                                  write_text)
-from ..utils import check_real
+from ..utils import check_choice, check_real
 
 # %% ../../nbs/76_weights_by_name.ipynb #095e70f0
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # ours: in files
@@ -146,12 +146,24 @@ def make_twin(
     return make_autoencoder(config, dtype) if is_autoencoder else make_unet(config, dtype)
 
 # %% ../../nbs/76_weights_by_name.ipynb #57201469
+def dtype_name(
+    argument: str,  # what the error should call it
+    dtype: Any,  # a float dtype, its name, or None
+) -> str | None:
+    "The dtype's name, or None; a `ValueError` for anything else."
+    try:
+        word = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        word = dtype
+    return check_choice(argument, word, (None, "float16", "bfloat16", "float32", "float64"))
+
 def read_part(
     folder: Path,  # with config.json and weights
     dtype: Any = None,  # of the parameters; None: as they are stored
     compute: Any = None,  # dtype of the computation; None: the wider one of parameters and input
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     "(the network, its parameters, what config.json says); a `ValueError` that names folder and fault."
+    dtype, compute = dtype_name("dtype", dtype), dtype_name("compute", compute)
     config = read_json(folder / "config.json")
     try:
         module = make_twin(config, compute)

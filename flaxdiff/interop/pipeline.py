@@ -109,7 +109,12 @@ class DiffusersModel(PretrainedModel):
                 **options: Any,  # of that solver
                ) -> Any:
         "The sampler called `name`: `sample` works on latents, `generate_images` decodes, and then clips."
-        sampler = super().sampler(name, **options)
+        return self.decoding(super().sampler(name, **options))
+
+    def decoding(self,
+                 sampler: Any,  # a `DiffusionSampler` of this model, such as one of a guided denoiser
+                ) -> Any:
+        "The same sampler, whose `generate_images` decodes, and then clips."
         if self.autoencoder is not None:
             sampler.finish_images = lambda latents: finish_images(self.decode(latents))
         return sampler
