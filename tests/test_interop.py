@@ -109,8 +109,7 @@ def test_labels():
 
 # ---------------------------------------------------------------- folders
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("config", [TINY, TINY_TEXT, TINY_VAE], ids=["UNet", "with text", "autoencoder"])
+@pytest.mark.parametrize("config, dtype", [(TINY, "float32"), (TINY_TEXT, "float16"), (TINY_VAE, "bfloat16")], ids=["UNet", "with text", "autoencoder"])
 def test_written_and_read_bit_for_bit(config, dtype, tmp_path):
     params = jax.tree.map(lambda v: v.astype(jnp.dtype(dtype)), random_params(config))
     write_part(tmp_path / "part", config, params)
@@ -124,12 +123,12 @@ def test_written_and_read_bit_for_bit(config, dtype, tmp_path):
 def test_dtypes_of_parameters_and_computation(tmp_path):
     part = write_part(tmp_path / "part", TINY, random_params(TINY))
     x, temb = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    for dtype, compute, due in ((None, None, "float32"), ("bfloat16", None, "float32"), (None, "bfloat16", "bfloat16"), (jnp.float16, jnp.float16, "float16")):
+    for dtype, compute, due in (("bfloat16", None, "float32"), (jnp.float16, "bfloat16", "bfloat16")):
         module, params, _ = read_part(part, dtype, compute)
         assert jax.eval_shape(module.apply, params, x, temb).dtype == due
     for argument in ("dtype", "compute"):
         with pytest.raises(ValueError, match=f"{argument} must be one of"): read_part(part, **{argument: "int8"})
-        with pytest.raises(ValueError, match=f"{argument} must be one of"): read_part(part, **{argument: "half"})
+        with pytest.raises(ValueError, match=f"{argument} must be one of"): read_part(part, **{argument: "float7"})
 
 
 def test_shards(tmp_path):
