@@ -160,6 +160,17 @@ def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
     with pytest.raises(ValueError, match="new folder"): write_part(part, TINY, random_params(TINY))
 
 
+@pytest.mark.parametrize("change", [{"block_out_channels": 8}, {"block_out_channels": "8"}, {"down_block_types": None}, {"layers_per_block": "one"}, {"attention_head_dim": {}},
+                                    {"norm_num_groups": 3}, {"num_class_embeds": -1}])
+def test_descriptions_of_another_kind(change, tmp_path):
+    part = write_part(tmp_path / "part", TINY, random_params(TINY))
+    (part / "config.json").write_text(json.dumps({**TINY, **change}))
+    with pytest.raises(ValueError, match="part does not make a network"): read_part(part)
+    for text in ("", "[]", "{"):
+        (part / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"): read_part(part)
+
+
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="scheduler_config.json"): load_diffusers(tmp_path)
     write_pipeline(tmp_path / "whole", TINY_TEXT, TINY_VAE)
@@ -215,7 +226,7 @@ def test_schedules_that_have_no_name_there(schedule, predictor, match):
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"timestep_type": "continuous"},
-                                    {"trained_betas": [0.1]}, {"use_flow_sigmas": True}, {"beta_start": 0}, {"num_train_timesteps": 0}, {"rescale_betas_zero_snr": 1}])
+                                    {"trained_betas": [0.1]}, {"trained_betas": 0.1}, {"use_flow_sigmas": True}, {"beta_start": 0}, {"num_train_timesteps": 0}, {"rescale_betas_zero_snr": 1}])
 def test_schedules_that_are_not_read(change):
     with pytest.raises(ValueError, match=next(iter(change))): schedule_from({**SCHEDULER, **change})
 

@@ -168,8 +168,8 @@ def read_part(
     try:
         module = make_twin(config, compute)
         params = from_files(parameter_shapes(module), read_weights(folder), dtype)
-    except ValueError as e:
-        raise ValueError(f"{folder}: {e}") from e
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{folder} does not make a network: {e}") from e
     return module, params, config
 
 def write_part(

@@ -78,9 +78,9 @@ def schedule_from(
     if betas is None:
         betas = named_betas(config.get("beta_schedule", "linear"), steps, config.get("beta_start", 1e-4),
                             config.get("beta_end", 0.02))
-    if len(betas) != steps:
+    if np.shape(betas) != (steps,):
         raise ValueError(f"trained_betas in scheduler_config.json must be num_train_timesteps={steps} "
-                         f"numbers, got {len(betas)}")
+                         f"numbers, got shape {np.shape(betas)}")
     rescale = check_flag("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False))
     schedule, predictor = StepNoiseScheduler(betas, rescale), PREDICTORS[kind]()
     check_predictor(predictor, schedule)
