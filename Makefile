@@ -1,7 +1,7 @@
 # make demo    train on real handwritten digits, sample new ones, measure them, write demo.png
 # make test    every test but the slow ones
 # make slow    the slow ones: every chapter executed, the site in a browser, every solver at every N
-# make parity  the samplers beside diffusers and k-diffusion, the text encoders beside transformers; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
+# make parity  samplers, networks and pipelines beside diffusers and k-diffusion, text encoders beside transformers; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
 # make bench   how fast: sampling, data, training
 # make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
 # make prepare before a commit: clean, export, run every chapter, README, test
@@ -46,7 +46,7 @@ slow: .venv/installed-dev
 	touch $@
 
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest -q -n 2 tests/test_parity.py tests/test_parity_text.py
+	$(BIN)/python -m pytest -q -n 2 tests/test_parity.py tests/test_parity_text.py tests/test_parity_diffusers.py
 
 docs: .venv/installed-dev
 	$(BIN)/python nbs/_docs.py build
