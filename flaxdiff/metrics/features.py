@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from ..data import load_digits, read_idx_folder
-from .distances import measure_share
+from .distances import FeatureStats, measure_share
 from ..pretrained import (SHIPPED, flatten, halve, nest, new_folder, read_tensors, whole_folder,
                                  write_tensors)
 from ..utils import check_images, check_positive_int, check_whole
@@ -38,6 +38,7 @@ class Features:
     name: str  # what its distances are called by
     answer: Callable[[Any], tuple[Any, Any]]  # a batch -> (features, logits or None)
     image_shape: tuple[int, ...] | None = None  # (H, W, C) that it takes; None: any
+    reference: FeatureStats | None = None  # of all pictures of its data set, to measure samples against
     card: Mapping[str, str] = field(default_factory=dict)  # for people
     batch_size: int = 128  # pictures at once
 
@@ -85,7 +86,7 @@ class Classifier(nn.Module):
     "Three convolutions, D numbers about the picture, and from these alone its class."
     features: int  # D
     classes: int  # K
-    widths: tuple[int, ...] = (32, 64, 64)  # channels; from the second on at half the size
+    widths: tuple[int, ...] = (32, 64, 128)  # channels; each but the first halves height and width
 
     @nn.compact
     def __call__(self,
@@ -94,7 +95,8 @@ class Classifier(nn.Module):
         "(features (B, D), logits (B, K))."
         h = images
         for level, width in enumerate(self.widths):
-            h = nn.relu(nn.Conv(width, (3, 3), strides=1 if level == 0 else 2)(h))
+            stride = 2 if level > 0 or h.shape[1] > 16 else 1  # larger pictures are halved at once
+            h = nn.relu(nn.Conv(width, (3, 3), stride)(h))
         h = nn.gelu(nn.Dense(self.features)(h.reshape(len(h), -1)))
         middle = self.variable("scale", "middle", jnp.zeros, (self.features,))
         size = self.variable("scale", "size", jnp.ones, ())
@@ -183,15 +185,19 @@ def save_classifier(
     network: Classifier,  # as it was trained
     variables: Mapping[str, Any],  # its own
     image_shape: tuple[int, ...],  # (H, W, C)
+    reference: FeatureStats,  # of all pictures of the data set
     card: Mapping[str, str],  # for people: data, command, seed, accuracy, …
 ) -> Path:
-    "Write model.safetensors (float16), features.json and README.md."
+    "Write model.safetensors (the network in float16, the reference in float32), features.json and README.md."
     description = {"features": network.features, "classes": network.classes, "widths": list(network.widths),
-                   "image_shape": list(image_shape), "card": dict(card)}
+                   "image_shape": list(image_shape), "reference": reference.n, "card": dict(card)}
+    tensors = halve(flatten(variables), "float16")
+    tensors |= {"reference/mean": reference.mean.astype(np.float32),
+                "reference/covariance": reference.covariance.astype(np.float32)}
     page = [f"# {Path(folder).name}", "", card["what"], "",
             *(f"- **{key}**: {text}" for key, text in card.items() if key != "what"), ""]
     with whole_folder(new_folder(folder)) as partial_folder:
-        write_tensors(partial_folder / "model.safetensors", halve(flatten(variables), "float16"))
+        write_tensors(partial_folder / "model.safetensors", tensors)
         text = json.dumps(description, indent=2, ensure_ascii=False)
         (partial_folder / "features.json").write_text(text + "\n", encoding="utf-8")
         (partial_folder / "README.md").write_text("\n".join(page), encoding="utf-8")
@@ -205,12 +211,16 @@ def load_classifier(
     try:
         said = json.loads((folder / "features.json").read_text(encoding="utf-8"))
         network = Classifier(said["features"], said["classes"], tuple(said["widths"]))
-        shape, card = tuple(said["image_shape"]), said["card"]
+        shape, card, reference = tuple(said["image_shape"]), said["card"], FeatureStats(name)
+        reference.n = said["reference"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{folder} is no folder of a classifier: {type(e).__name__}: {e}") from e
     variables = nest({path: jnp.asarray(x, jnp.float32)
                       for path, x in read_tensors(folder / "model.safetensors").items()})
-    return Features(name, partial(jax.jit(network.apply), variables), shape, card)
+    stored = variables.pop("reference")
+    reference.mean = np.asarray(stored["mean"], np.float64)
+    reference.scatter = np.asarray(stored["covariance"], np.float64) * (reference.n - 1)
+    return Features(name, partial(jax.jit(network.apply), variables), shape, reference, card)
 
 # %% ../../nbs/71_features.ipynb #f918d63e
 def make_classifier(
@@ -226,7 +236,9 @@ def make_classifier(
     network = Classifier(features, int(data.labels.max()) + 1)
     variables = train_classifier(network, data.images, data.labels, epochs, seed=seed)
     seconds = time.monotonic() - began
+    variables = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), variables)  # as it is kept
     judge = Features(dataset, partial(jax.jit(network.apply), variables))
+    reference = FeatureStats(dataset).update(judge(data.images)).update(judge(data.held_out))
     right = judge.probabilities(data.held_out).argmax(1) == data.held_out_labels
     accuracy = measure_share("accuracy", right)
     command = (f"`python -m flaxdiff.metrics {dataset} --features {features} --epochs {epochs} --seed {seed} "
@@ -236,7 +248,7 @@ def make_classifier(
              "trained on": f"{len(data.labels):,} pictures", "data": dataset, "command": command,
              "seed": str(seed), "time": f"{seconds:.0f} s", "device": jax.devices()[0].device_kind,
              "versions": f"jax {jax.__version__}", **(card or {})}
-    save_classifier(out, network, variables, data.images.shape[1:], facts)
+    save_classifier(out, network, variables, data.images.shape[1:], reference, facts)
     print(accuracy)
     return load_features(f"classifier:{out}")
 
