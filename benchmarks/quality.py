@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py digits [--num 1000] [--rng 0] [--sampler dpm-solver++] [--levels 10] [--load samples.npz] [--save samples.npz] [--card]
 
-Prints the Fréchet distance as it is and at 1/n = 0, and the share of samples that are recognised: with at least 80 % of the classifier's
-trust, and for models with labels or captions as what was asked for. Labels are asked for in turn, captions as they stand in the data.
+Prints the Fréchet distance as it is and at 1/n = 0, the share of samples of which the classifier is sure, and for models with labels or
+captions the share in which it sees what was asked for. Labels are asked for in turn, captions as they stand in the data.
 `--card` writes the lines into the model's card.
 """
 import argparse
@@ -50,8 +50,8 @@ def measure(name, images, labels=None):
     features = load_features(FEATURES[name])
     shards, p = collect_stats(features, images), features.probabilities(images)
     found = {"distance": measure_frechet(features.reference, shards), "distance at 1/n = 0": frechet_limit(features.reference, shards),
-             "recognised": measure_share("with at least 80 % of the classifier's trust", p.max(1) >= 0.8)}
-    if labels is not None: found["as asked"] = measure_share("recognised as what was asked for", p.argmax(1) == labels)
+             "recognised": measure_share("the classifier is sure (p ≥ 0.8) of", p.max(1) >= 0.8)}
+    if labels is not None: found["as asked"] = measure_share("the classifier sees what was asked for in", p.argmax(1) == labels)
     return found
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Measure', 'name_metric', 'measure_share', 'check_rows', 'matrix_root', 'check_gaussian', 'frechet_distance',
-           'FeatureStats', 'merge_stats', 'collect_stats', 'jackknife_error', 'distance_to', 'measure_frechet',
-           'frechet_ladder', 'frechet_limit', 'kernel_sums', 'kernel_distance', 'squared_distances', 'ball_radii',
-           'ball_hits', 'check_sets', 'precision_recall', 'density_coverage', 'Copies', 'nearest_copies']
+           'FeatureStats', 'merge_stats', 'deal_rows', 'collect_stats', 'jackknife_error', 'distance_to',
+           'measure_frechet', 'frechet_ladder', 'frechet_limit', 'kernel_sums', 'kernel_distance', 'squared_distances',
+           'ball_radii', 'ball_hits', 'check_sets', 'precision_recall', 'density_coverage', 'Copies', 'nearest_copies']
 
 # %% ../../nbs/70_metrics.ipynb #65e4fe8b
 from collections.abc import Callable, Iterable, Sequence
@@ -172,19 +172,30 @@ def merge_stats(
         whole.merge(shard)
     return whole
 
+def deal_rows(
+    first: int,  # number of the first row
+    count: int,  # how many rows
+    shards: int,  # how many parts
+) -> np.ndarray:
+    "The shard of each row, (count,): of every `shards` rows one goes to each, by chance."
+    blocks = range(first // shards, (first + count - 1) // shards + 1)
+    orders = [np.random.default_rng(block).permutation(shards) for block in blocks]
+    return np.concatenate(orders)[first % shards:][:count]
+
 def collect_stats(
     features: Callable[[Any], Any],  # images (B, H, W, C) in [-1, 1] -> (B, D)
     batches: Any,  # images (n, H, W, C), or an iterable of such batches
     shards: int = 24,  # how many parts to keep apart, for the error bar
 ) -> list[FeatureStats]:
-    "The statistics of n pictures in disjoint shards, row i in shard i mod `shards`, in whatever batches."
+    "The statistics of n pictures, dealt out to disjoint shards; the same in whatever batches they come."
     shards = check_whole("shards", shards, 2)
     name = getattr(features, "name", getattr(features, "__name__", "unnamed features"))
     parts, seen = [FeatureStats(name) for _ in range(shards)], 0
     for images in ([batches] if hasattr(batches, "shape") else batches):
         rows = check_rows("features", features(images), 1)
-        for first in range(min(shards, len(rows))):
-            parts[(seen + first) % shards].update(rows[first::shards])
+        shard_of = deal_rows(seen, len(rows), shards)
+        for shard in np.unique(shard_of):
+            parts[shard].update(rows[shard_of == shard])
         seen += len(rows)
     if seen < 2 * shards:
         raise ValueError(f"batches must hold at least two pictures a shard, {2 * shards}, got {seen}")
@@ -198,10 +209,10 @@ def jackknife_error(
     "One standard error of statistic(shards), each left out once (Busing, Meijer & van der Leeden 1999)."
     if len(shards) < 2:
         raise ValueError(f"shards must be at least 2 for an error bar, got {len(shards)}")
-    sizes = np.array([shard.n for shard in shards])
+    sizes, nothing = np.array([shard.n for shard in shards]), FeatureStats(shards[0].name)
     share = sizes.sum() / sizes
     whole = statistic(shards)
-    without = np.array([statistic([*shards[:j], *shards[j + 1:]]) for j in range(len(shards))])
+    without = np.array([statistic([*shards[:j], nothing, *shards[j + 1:]]) for j in range(len(shards))])
     pseudo = share * whole - (share - 1) * without
     return float(np.sqrt(np.mean((pseudo - np.sum(pseudo / share)) ** 2 / (share - 1))))
 

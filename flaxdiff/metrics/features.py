@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'BLOCK_B', 'BLOCK_D', 'LAYERS', 'TORCH_NAMES', 'Features', 'pixels', 'Classifier', 'train_classifier',
-           'fix_scale', 'Labelled', 'read_labelled', 'save_classifier', 'load_classifier', 'make_classifier',
-           'features_main', 'Unit', 'mean_pool', 'Mixed', 'block_a', 'block_c', 'block_e', 'InceptionV3',
-           'inception_images', 'torch_name', 'inception_shapes', 'inception_variables', 'load_inception',
-           'shipped_features', 'load_features']
+           'fix_scale', 'Labelled', 'read_labelled', 'save_classifier', 'load_classifier', 'shipped_features',
+           'load_features', 'make_classifier', 'features_main', 'Unit', 'mean_pool', 'Mixed', 'block_a', 'block_c',
+           'block_e', 'InceptionV3', 'inception_images', 'torch_name', 'inception_shapes', 'inception_variables',
+           'load_inception']
 
 # %% ../../nbs/71_features.ipynb #a5765356
 import argparse
@@ -66,14 +66,12 @@ class Features:
         if self.image_shape is not None and images.shape[1:] != tuple(self.image_shape):
             raise ValueError(f"images must have shape (B, {', '.join(map(str, self.image_shape))}) for the "
                              f"features {self.name!r}, got {images.shape}")
-        batches = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start:start + self.batch_size].astype(np.float32)
-            filled = np.zeros((self.batch_size, *batch.shape[1:]), np.float32)
-            filled[:len(batch)] = batch
-            batches.append([None if x is None else np.asarray(x)[:len(batch)] for x in self.answer(filled)])
-        rows, logits = zip(*batches)
-        return np.concatenate(rows), None if logits[0] is None else np.concatenate(logits)
+        padding = -len(images) % self.batch_size
+        filled = np.pad(images.astype(np.float32), ((0, padding), (0, 0), (0, 0), (0, 0)))
+        batches = np.split(filled, len(filled) // self.batch_size)
+        rows, logits = zip(*map(self.answer, batches))
+        n = len(images)
+        return np.concatenate(rows)[:n], None if logits[0] is None else np.concatenate(logits)[:n]
 
 def pixels(
     images: Any,  # (B, H, W, C)
@@ -102,7 +100,7 @@ class Classifier(nn.Module):
         size = self.variable("scale", "size", jnp.ones, ())
         return (h - middle.value) / size.value, nn.Dense(self.classes)(h)
 
-# %% ../../nbs/71_features.ipynb #4371e9be
+# %% ../../nbs/71_features.ipynb #ba83bb1f
 def train_classifier(
     network: Classifier,  # to be trained
     images: np.ndarray,  # (M, H, W, C), in [-1, 1]
@@ -143,6 +141,7 @@ def train_classifier(
         print(f"epoch {epoch + 1} of {epochs}: loss {np.mean(losses):.4f}", flush=True)
     return fix_scale(network, {"params": params, "scale": scale}, images)
 
+# %% ../../nbs/71_features.ipynb #96f4dded
 def fix_scale(
     network: Classifier,  # as it was trained
     variables: Any,  # of it
@@ -179,7 +178,7 @@ def read_labelled(
         parts += [images.reshape(*images.shape[:3], -1), np.asarray(arrays.labels, np.int32)]
     return Labelled(*parts)
 
-# %% ../../nbs/71_features.ipynb #08649e61
+# %% ../../nbs/71_features.ipynb #7df7c399
 def save_classifier(
     folder: str | Path,  # a new folder
     network: Classifier,  # as it was trained
@@ -203,6 +202,7 @@ def save_classifier(
         (partial_folder / "README.md").write_text("\n".join(page), encoding="utf-8")
     return Path(folder)
 
+# %% ../../nbs/71_features.ipynb #e584f0e0
 def load_classifier(
     name: str,  # what its distances are called by
     folder: Path,  # that `save_classifier` wrote
@@ -222,7 +222,29 @@ def load_classifier(
     reference.scatter = np.asarray(stored["covariance"], np.float64) * (reference.n - 1)
     return Features(name, partial(jax.jit(network.apply), variables), shape, reference, card)
 
-# %% ../../nbs/71_features.ipynb #f918d63e
+# %% ../../nbs/71_features.ipynb #0ace692d
+def shipped_features() -> list[str]:
+    "The names of the classifiers that come with the package."
+    folders = [path.parent.name for path in SHIPPED.glob("features-*/features.json")]
+    return sorted(name.removeprefix("features-") for name in folders)
+
+def load_features(
+    name: str,  # "digits", "fashion", "pixels", "classifier:FOLDER" or "inception:FILE"
+) -> Features:
+    "Features by their name. Distances are called after it, and FID only where it is Inception's."
+    kind, _, path = str(name).partition(":")
+    if name == "pixels":
+        return Features("pixels", pixels)
+    if name in shipped_features():
+        return load_classifier(name, SHIPPED / f"features-{name}")
+    if kind == "classifier" and path:
+        return load_classifier(name, Path(path).expanduser())
+    if kind == "inception" and path:
+        return load_inception(path)
+    raise ValueError(f"name must be one of {', '.join(shipped_features())}, pixels, classifier:FOLDER, "
+                     f"inception:FILE, got {name!r}")
+
+# %% ../../nbs/71_features.ipynb #8035a70a
 def make_classifier(
     dataset: str,  # "digits", or "idx:FOLDER" of files in MNIST's format
     out: str | Path,  # a new folder
@@ -252,6 +274,7 @@ def make_classifier(
     print(accuracy)
     return load_features(f"classifier:{out}")
 
+# %% ../../nbs/71_features.ipynb #8349849c
 def features_main(
     argv: list[str] | None = None,  # the words after the command; those it was called with by default
 ):
@@ -270,7 +293,7 @@ def features_main(
     except ValueError as e:
         parser.error(str(e))
 
-# %% ../../nbs/71_features.ipynb #44587907
+# %% ../../nbs/71_features.ipynb #4afa8578
 class Unit(nn.Module):
     "Convolution without bias, batch norm with fixed statistics (ε = 10⁻³), ReLU."
     words: str  # such as "64 3x3": channels and kernel; "/2" is a stride, and that or "valid" leaves no edge
@@ -287,6 +310,7 @@ class Unit(nn.Module):
         conv = nn.Conv(int(channels), (height, width), int(stride or 1), padding, use_bias=False, name="conv")
         return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")(conv(x)))
 
+# %% ../../nbs/71_features.ipynb #b072c958
 def mean_pool(
     x: jax.Array,  # (B, H, W, C)
 ) -> jax.Array:
@@ -296,6 +320,7 @@ def mean_pool(
 POOLS = {"mean": mean_pool, "max": partial(nn.max_pool, window_shape=(3, 3), padding="SAME"),
          "max/2": partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))}
 
+# %% ../../nbs/71_features.ipynb #54b5fc1e
 class Mixed(nn.Module):
     "Several branches side by side, their channels one after the other."
     branches: Any  # ((name, (pool or the words of a `Unit` or a pair of them, …)), …)
@@ -318,7 +343,7 @@ class Mixed(nn.Module):
             ends.append(h)
         return jnp.concatenate(ends, -1)
 
-# %% ../../nbs/71_features.ipynb #8c9b56bc
+# %% ../../nbs/71_features.ipynb #a0d79ea3
 def block_a(
     pooled: int,  # channels of the branch that pools
 ) -> tuple:
@@ -353,6 +378,7 @@ LAYERS = {"Conv2d_1a_3x3": "32 3x3/2", "Conv2d_2a_3x3": "32 3x3 valid", "Conv2d_
           "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
           "Mixed_7a": BLOCK_D, "Mixed_7b": block_e("mean"), "Mixed_7c": block_e("max")}
 
+# %% ../../nbs/71_features.ipynb #55744a24
 class InceptionV3(nn.Module):
     "The network of the FID: 2,048 features of a picture (Szegedy et al. 2016; Heusel et al. 2017)."
 
@@ -378,7 +404,7 @@ def inception_images(
     colours = jnp.broadcast_to(images, (*images.shape[:3], 3))
     return jax.image.resize(colours, (len(images), 299, 299, 3), "bilinear", antialias=False)
 
-# %% ../../nbs/71_features.ipynb #a9c3721b
+# %% ../../nbs/71_features.ipynb #2aaf6237
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
                "var": "running_var"}
 
@@ -413,6 +439,7 @@ def inception_variables(
         return jnp.asarray(found)
     return jax.tree_util.tree_map_with_path(fetch, inception_shapes())
 
+# %% ../../nbs/71_features.ipynb #5a27b5be
 def load_inception(
     path: str | Path,  # a safetensors file of Inception's weights by PyTorch's names
 ) -> Features:
@@ -425,25 +452,3 @@ def load_inception(
     def answer(images):
         return network(variables, inception_images(images)), None
     return Features("inception", answer, batch_size=32)
-
-# %% ../../nbs/71_features.ipynb #0ace692d
-def shipped_features() -> list[str]:
-    "The names of the classifiers that come with the package."
-    folders = [path.parent.name for path in SHIPPED.glob("features-*/features.json")]
-    return sorted(name.removeprefix("features-") for name in folders)
-
-def load_features(
-    name: str,  # "digits", "fashion", "pixels", "classifier:FOLDER" or "inception:FILE"
-) -> Features:
-    "Features by their name. Distances are called after it, and FID only where it is Inception's."
-    kind, _, path = str(name).partition(":")
-    if name == "pixels":
-        return Features("pixels", pixels)
-    if name in shipped_features():
-        return load_classifier(name, SHIPPED / f"features-{name}")
-    if kind == "classifier" and path:
-        return load_classifier(name, Path(path).expanduser())
-    if kind == "inception" and path:
-        return load_inception(path)
-    raise ValueError(f"name must be one of {', '.join(shipped_features())}, pixels, classifier:FOLDER, "
-                     f"inception:FILE, got {name!r}")
