@@ -1,5 +1,6 @@
 """Metrics: what they are known to be, with their error bars; that streaming and sharding change nothing; what ships, measured again; and what is refused."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from flaxdiff.metrics import (FeatureStats, Measure, collect_stats, density_cove
                               measure_share, merge_stats, nearest_copies, precision_recall, shipped_features)
 from flaxdiff.metrics.distances import ball_hits, deal_rows, distance_to, frechet_ladder, jackknife_error, kernel_sums, name_metric
 from flaxdiff.metrics.features import Classifier, Labelled, features_main, inception_shapes, inception_variables, read_labelled, torch_name
-from flaxdiff.pretrained import SHIPPED, write_tensors
+from flaxdiff.pretrained import SHIPPED, load_model, write_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import quality  # the command that wrote the models' cards
+
 rng = np.random.default_rng(0)
 MIX = rng.normal(size=(6, 6)) / 2
 ROWS = rng.normal(size=(500, 6)) @ MIX + [5, 0, 0, 1, 2, 3]
@@ -437,3 +441,48 @@ BAD = {
 def test_bad_input_is_named(what):
     call, name = BAD[what]
     with pytest.raises(ValueError, match=name): call()
+
+
+# ---------------------------------------------------------------- the models' cards
+
+def on_card(card, key):
+    "(value, error, n) as a model's card says."
+    value, error, n = re.search(r"(-?[\d.e+-]+) ± ([\d.e+-]+), n = ([\d,]+)$", card[key]).groups()
+    return float(value), float(error), int(n.replace(",", ""))
+
+
+def agrees(found, said):
+    "Two measures of the same, with samples of their own, are within three of their common error."
+    return abs(found.value - said[0]) <= 3 * (found.error ** 2 + said[1] ** 2) ** 0.5
+
+
+@pytest.mark.parametrize("name", quality.FEATURES)
+def test_cards_name_their_metric_with_error_and_n(name):
+    card = load_model(name).card
+    assert card["distance"].startswith(f"FD ({quality.FEATURES[name]}) ") and card["distance at 1/n = 0"].startswith("FD∞ (")
+    assert on_card(card, "distance")[2] == 1000 and card["measured"].startswith(f"`python benchmarks/quality.py {name} --num 1000 ")
+    assert ("as asked" in card) == (name != "digits")
+
+
+def test_digits_are_as_good_as_their_card_says():
+    "Fewer samples than the card's, so at 1/n = 0; what is spoiled by noise is not as good."
+    card = load_model("digits").card
+    images, _ = quality.draw(load_model("digits"), 250, rng=7)
+    found = quality.measure("digits", images)
+    for key in ("distance at 1/n = 0", "recognised"): assert agrees(found[key], on_card(card, key)), (key, str(found[key]), card[key])
+    spoiled = quality.measure("digits", np.roll(images, 1, axis=2))
+    assert not agrees(spoiled["distance at 1/n = 0"], on_card(card, "distance at 1/n = 0")) and not agrees(spoiled["recognised"], on_card(card, "recognised"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, n", [("digits", 1000), ("digits-text", 1000), ("fashion", 500)])
+def test_models_are_as_good_as_their_cards_say(name, n):
+    "By the command that wrote them, with another seed, and compiled as users have it."
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "quality.py", name, "--num", str(n), "--rng", "5"], capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, card = dict(line.split(": ", 1) for line in done.stdout.splitlines()), load_model(name).card
+    keys = {"distance at 1/n = 0", "recognised", "as asked", "distance"} & set(found) - ({"distance"} if n != 1000 else set())
+    for key in keys:
+        value, error, _ = on_card(found, key)
+        assert agrees(Measure(key, value, error, n), on_card(card, key)), (key, found[key], card[key])
