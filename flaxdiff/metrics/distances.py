@@ -36,6 +36,7 @@ def name_metric(
         return {"FD": "FID", "FD∞": "FID∞", "KD": "KID"}.get(short, f"{short} (inception)")
     return f"{short} ({features})"
 
+# %% ../../nbs/70_metrics.ipynb #9e2c0aeb
 def measure_share(
     name: str,  # what the share is of
     held: Any,  # (n,) of bool: for which samples it held
@@ -342,6 +343,7 @@ def ball_hits(
         points_in += inside.sum(0)
     return np.concatenate(balls_of), points_in
 
+# %% ../../nbs/70_metrics.ipynb #03f91eba
 def check_sets(
     real: Any,  # (n, D)
     fake: Any,  # (m, D)

@@ -73,6 +73,7 @@ class Features:
         n = len(images)
         return np.concatenate(rows)[:n], None if logits[0] is None else np.concatenate(logits)[:n]
 
+# %% ../../nbs/71_features.ipynb #16c32332
 def pixels(
     images: Any,  # (B, H, W, C)
 ) -> tuple[Any, None]:
