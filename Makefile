@@ -46,7 +46,7 @@ slow: .venv/installed-dev
 	touch $@
 
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest -q -n 2 tests/test_parity.py tests/test_parity_text.py tests/test_parity_diffusers.py
+	$(BIN)/python -m pytest -q -n 2 tests/test_parity.py tests/test_parity_text.py tests/test_parity_diffusers.py tests/test_parity_inception.py
 
 docs: .venv/installed-dev
 	$(BIN)/python nbs/_docs.py build

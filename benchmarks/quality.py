@@ -1,0 +1,85 @@
+"""How good the shipped models are: samples, measured in the shipped features against all pictures of the data set.
+
+    python benchmarks/quality.py digits [--num 1000] [--rng 0] [--sampler dpm-solver++] [--levels 10] [--load samples.npz] [--save samples.npz] [--card]
+
+Prints the Fréchet distance as it is and at 1/n = 0, the share of samples of which the classifier is sure, and for models with labels or
+captions the share in which it sees what was asked for. Labels are asked for in turn, captions as they stand in the data.
+`--card` writes the lines into the model's card.
+"""
+import argparse
+import json
+
+import numpy as np
+
+from flaxdiff.data import load_digits
+from flaxdiff.data.captions import describe_digits
+from flaxdiff.metrics import frechet_limit, load_features, measure_frechet, measure_share
+from flaxdiff.metrics.distances import collect_stats
+from flaxdiff.pretrained import SHIPPED, load_model, write_card
+from flaxdiff.text import load_text_encoder
+
+FEATURES = {"digits": "digits", "digits-text": "digits", "fashion": "fashion"}  # of each model
+
+
+def ask(model, n, rng=0):
+    "(conditions of n samples, the labels that they ask for or None)."
+    if "label" in model.conditions:
+        labels = np.arange(n, dtype=np.int32) % 10
+        return {"label": labels}, labels
+    if model.encoder is not None:
+        images, labels = load_digits()
+        picked = np.random.default_rng(rng).permutation(len(images))[:n]
+        captions = np.array(describe_digits(images, labels), object)[picked]
+        return load_text_encoder(model.encoder)(list(captions)), labels[picked]
+    return (), None
+
+
+def draw(model, n, rng=0, sampler="dpm-solver++", levels=10, at_once=250):
+    "(n samples, the labels asked for or None)."
+    conditions, labels = ask(model, n, rng)
+    solver, parts = model.sampler(sampler), []
+    for start in range(0, n, at_once):
+        count = min(at_once, n - start)
+        part = {name: value[start:start + count] for name, value in conditions.items()} if conditions else ()
+        parts.append(np.asarray(solver.generate_images(count, levels, rng=1000 * rng + start // at_once, conditioning=part)))
+    return np.concatenate(parts), labels
+
+
+def measure(name, images, labels=None):
+    "What a card says of these samples of this model, by name."
+    features = load_features(FEATURES[name])
+    shards, p = collect_stats(features, images), features.probabilities(images)
+    found = {"distance": measure_frechet(features.reference, shards), "distance at 1/n = 0": frechet_limit(features.reference, shards),
+             "recognised": measure_share("the classifier is sure (p ≥ 0.8) of", p.max(1) >= 0.8)}
+    if labels is not None: found["as asked"] = measure_share("the classifier sees what was asked for in", p.argmax(1) == labels)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=FEATURES)
+    parser.add_argument("--num", type=int, default=1000)
+    parser.add_argument("--rng", type=int, default=0)
+    parser.add_argument("--sampler", default="dpm-solver++")
+    parser.add_argument("--levels", type=int, default=10)
+    parser.add_argument("--load", help="samples of an earlier call")
+    parser.add_argument("--save", help="where to keep the samples")
+    parser.add_argument("--card", action="store_true", help="write the lines into the card")
+    args = parser.parse_args()
+    model = load_model(args.name)
+    if args.load:
+        images, labels = np.load(args.load)["images"], ask(model, args.num, args.rng)[1]
+    else: images, labels = draw(model, args.num, args.rng, args.sampler, args.levels)
+    if args.save: np.savez_compressed(args.save, images=images.astype(np.float16))
+    rows = {key: str(value) for key, value in measure(args.name, images, labels).items()}
+    rows["measured"] = f"`python benchmarks/quality.py {args.name} --num {len(images)} --rng {args.rng} --sampler {args.sampler} --levels {args.levels}`"
+    for key, text in rows.items(): print(f"{key}: {text}")
+    if args.card:
+        folder = SHIPPED / args.name
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["card"].update(rows)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(write_card(args.name, config, (folder / "model.safetensors").stat().st_size), encoding="utf-8")
+
+
+if __name__ == "__main__": main()
