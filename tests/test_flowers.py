@@ -200,7 +200,7 @@ def recipe(name):
     return [line for line in blocks.splitlines() if shlex.split(line, comments=True)]
 
 
-TYPED = [(name, line) for name in ("46_flowers_tpu", "64_tpu") for line in recipe(name)]
+TYPED = [(name, line) for name in ("46_flowers_tpu", "73_tpu") for line in recipe(name)]
 
 
 def training_words(words):
@@ -240,7 +240,7 @@ def test_wrong_lines_are_found():
         with pytest.raises((AssertionError, SystemExit)): judge(shlex.split(line))
 
 
-@pytest.mark.parametrize("name", ["46_flowers_tpu", "64_tpu"])
+@pytest.mark.parametrize("name", ["46_flowers_tpu", "73_tpu"])
 def test_the_recipes_have_what_they_need_before_they_need_it(name):
     "TensorFlow before the data are prepared, these before they are copied to the bucket, the bucket mounted and the data copied to every worker before training."
     said = "\n".join(recipe(name)) + (PRINTED if name == "46_flowers_tpu" else "")
@@ -253,7 +253,7 @@ TINY = "--image-size 16 --features 24 --attention-levels 1 --res-blocks 1 --emb-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["46_flowers_tpu", "64_tpu"])
+@pytest.mark.parametrize("name", ["46_flowers_tpu", "73_tpu"])
 def test_the_recipes_run_to_their_end(name, drawn, tmp_path):
     "As they are written, in a shell, with stand-ins for Google and for the installer; the data are the drawings, the training is the real one at toy size."
     from test_tpu import BIN, UV, Bench
