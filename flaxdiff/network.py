@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Network', 'Keywords', 'keywords_of', 'keywords_of_network', 'mode_of', 'split_variables', 'join_variables',
-           'layer_keys', 'split_inputs', 'same_kind', 'NetworkCall', 'null_of', 'check_null', 'TrainedModel']
+           'layer_keys', 'split_inputs', 'same_kind', 'NetworkCall', 'null_of', 'check_labels', 'check_null',
+           'TrainedModel']
 
 # %% ../nbs/29_any_network.ipynb #8c6fd82a
 import inspect
@@ -192,6 +193,24 @@ def null_of(
     if not own and hasattr(model, "module"):
         return null_of(model.module)
     return dict(own or {})
+
+def check_labels(
+    conditions: Any,  # a dict of arrays by name; anything else has no labels
+    null: Mapping[str, Any],  # of the network
+) -> None:
+    "A `ValueError` for a label beyond the null class, where the network carries one; traced ones pass."
+    if not isinstance(conditions, Mapping) or not {"label"} <= {*conditions} & {*null}:
+        return
+    labels, classes = conditions["label"], null["label"]
+    if any(isinstance(v, Tracer) for v in (labels, classes)):
+        return
+    labels, classes = np.asarray(labels), np.asarray(classes)
+    if classes.ndim or labels.dtype.kind not in "iu" or classes.dtype.kind not in "iu":
+        return
+    unknown = labels[(labels < 0) | (labels > classes)]
+    if unknown.size:
+        raise ValueError(f"label must lie in 0 … {classes - 1}, or be {classes} for no class, "
+                         f"got {unknown.flat[0]}")
 
 def check_null(
     null: Any,  # a dict of arrays by name, or None

@@ -74,3 +74,5 @@ def plotImages(
     if not show:
         return fig
     plt.show()
+    if not plt.isinteractive():
+        plt.close(fig)

@@ -60,6 +60,8 @@ def test_a_run_leaves_its_whole_record(finished):
     assert read_config(out / "config.json") == TINY
     with open(out / "metrics.csv") as f: rows = list(csv.DictReader(f))
     assert [int(r["step"]) for r in rows] == [4, 5, 9, 10, 14, 15, 19, 20], "every 4 steps, and before each checkpoint"
+    rate = learning_rate(TINY)
+    assert [float(r["learning_rate"]) for r in rows] == pytest.approx([float(rate(int(r["step"]) - 1)) for r in rows])
     assert float(rows[0]["loss"]) == pytest.approx(losses[:4, 1].mean()) and all(float(r["images_per_second"]) > 0 and int(r["skipped"]) == 0 for r in rows)
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["00000010.png", "00000020.png"]
     assert summary["skipped"] == 0 and summary["images_per_second"] > 0

@@ -120,6 +120,7 @@ def test_plot_images(n, channels):
     figure = plotImages(np.zeros((n, 4, 4, channels), np.float32), fig_size=(2, 2), dpi=50, show=False)
     assert figure.get_size_inches().tolist() == [2, 2] and figure.dpi == 50
     plt.close("all")
+    assert plotImages(np.zeros((n, 4, 4, channels), np.float32)) is None and not plt.get_fignums()  # none is left open
 
 
 def test_digits_need_no_network():

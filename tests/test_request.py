@@ -10,10 +10,11 @@ from flaxdiff.cli.export import export_main
 from flaxdiff.cli.request import make_condition, make_denoiser
 from flaxdiff.cli.sample import open_model, sample_main
 from flaxdiff.cli.train import TrainConfig, check_config, measure_cost, read_config, train_main
+from flaxdiff.pretrained import load_model
 from flaxdiff.text import load_text_encoder
 
 FLAGS = "--steps 6 --batch-size 16 --features 8 --heads 2 --emb-features 16 --checkpoint-every 3 --sample-every 6 --no-tensorboard --quiet".split()
-DRAW = "--steps 3 --num 4".split()
+DRAW = "--num 4 --steps 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def runs(tmp_path_factory):
 
 def drawn(words, tmp_path):
     "The array that `flaxdiff-sample` saves."
-    sample_main([*map(str, words), *DRAW, "--out", str(tmp_path / "g.png"), "--save", str(tmp_path / "g.npy")])
+    sample_main([*DRAW, *map(str, words), "--out", str(tmp_path / "g.png"), "--save", str(tmp_path / "g.npy")])
     return np.load(tmp_path / "g.npy")
 
 
@@ -61,6 +62,24 @@ def test_the_condition_reaches_the_network(runs, tmp_path):
     both = drawn([*words, "--prompt", "a thin one"], tmp_path)
     np.testing.assert_allclose(alone[[0, 2]], both[[0, 2]], atol=1e-6)
     assert np.abs(alone[1] - both[1]).max() > 1e-5
+
+
+def test_a_shipped_model_reads_a_prompt(tmp_path):
+    thick, thin = (drawn(["digits-text", "--prompt", f"a {word} seven", "--sampler", "euler", "--steps", 6], tmp_path) for word in ("thick", "thin"))
+    assert (thick > 0).mean() > 1.3 * (thin > 0).mean()
+
+
+@pytest.mark.parametrize("bad", [12, -1])
+def test_a_label_that_there_is_not_is_refused(bad):
+    model = load_model("fashion")
+    for guidance in (1.0, 2.0):
+        with pytest.raises(ValueError, match=f"^label must lie in 0 … 9, or be 10 for no class, got {bad}"):
+            model.sampler("euler", guidance_scale=guidance).generate_images(2, 2, rng=0, conditioning={"label": np.array([3, bad])})
+
+
+def test_a_network_of_too_few_classes_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit): train_main([*FLAGS, "--labels", "--classes", "5", "--out", str(tmp_path / "few")])
+    assert "classes must be at least 10" in capsys.readouterr().err
 
 
 def test_guidance_and_what_leads_away(runs, tmp_path):

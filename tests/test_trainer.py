@@ -945,6 +945,9 @@ def test_the_learning_rate_is_told():
     injected = make(optimizer=optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(rate)))
     fit(injected, stream(pictures()), 4, report_every=2)
     assert [row["learning_rate"] for row in injected.history] == pytest.approx([float(rate(1)), float(rate(3))])
+    injected.training.look = None  # for one number, the whole state is not gathered
+    fit(injected, stream(pictures()), 2)
+    assert len(injected.history) == 3
     plain = make()
     fit(plain, stream(pictures()), 2)
     assert plain.history[0]["learning_rate"] is None and plain.history[0]["gradient"] > 0
@@ -1052,6 +1055,16 @@ def test_fit_holds_one_state():
     done = subprocess.run([sys.executable, "-c", LIVE, os.path.dirname(__file__)], env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
     held, two, after = map(float, done.stdout.split() or done.stderr[-2000:].split())
     assert held < 4.3 and two < 8.6 and after < 4.3, done.stdout
+
+
+def test_the_average_is_lent_alone():
+    "Who draws pictures reads the average; the next step copies that, and not the optimizer's moments."
+    trainer = make()
+    fit(trainer, stream(pictures()), 1)
+    assert trainer.training.lent == {field.name for field in dataclasses.fields(trainer.state)}
+    fit(trainer, stream(pictures()), 1)
+    trainer.training.lent.clear()
+    assert trainer.denoiser.params and trainer.training.lent == {"ema_params"}
 
 
 # Data, callbacks, evaluation

@@ -146,7 +146,7 @@ class RunRecord:
              step,  # updates made
             ):
         "samples/STEP.png, always from the same noise, and levels.png, the loss by noise level."
-        self.sampler.params = self.trainer.state.ema_params
+        self.sampler.params = self.trainer.denoiser.params
         images = draw_images(self.sampler, self.config, self.condition)
         save_grid(self.out / "samples" / f"{step:08d}.png", images)
         self.board.add_image("samples", to_bytes(images), step, dataformats="HWC")
@@ -168,8 +168,7 @@ def run_sampler(
 ) -> typing.Any:
     "The sampler of a run's own pictures: Heun's method, or the jumps of a flow map."
     solver = FlowMapSampler if takes_end(trainer.model) else HeunSampler
-    return solver(trainer.model, trainer.state.ema_params, trainer.noise_schedule,
-                  trainer.model_output_transform)
+    return solver(trainer.denoiser)
 
 def picture_condition(
     config,  # a `TrainConfig`

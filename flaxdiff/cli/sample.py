@@ -25,8 +25,10 @@ from .request import REQUESTS, add_request, check_asked, draw_request, make_cond
 from .teacher import is_run, open_model, read_average, run_model  # where they have their place now
 from .train import (build_trainer, check_memory, local_path, picture_format, read_config,
                                 run_command, save_grid, write_whole)
+from ..interop import DiffusersModel
 from ..pretrained import SAMPLERS, PretrainedModel, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
+from ..speed import cache_programs
 from ..utils import check_choice, check_positive_int
 
 # %% ../../nbs/61_sample.ipynb #c6c2d8fd
@@ -266,6 +268,10 @@ def sample_run(
     check_request(args)
     known = None if args.sampler is None else find_sampler(args.sampler)
     model = open_model(args.run, args.checkpoint)
+    has_latents = isinstance(model, DiffusersModel) and model.autoencoder is not None
+    for flag in ("init", "mask"):
+        if has_latents and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} cannot be used with {args.run}, whose network draws latents, not pictures")
     name, implied, implied_grid = known or find_sampler("flow-map" if model.is_flow_map else "heun")
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     options = choose_options(name, given, implied)
@@ -278,6 +284,7 @@ def sample_run(
     guidance = usual if args.guidance is None else args.guidance
     condition = make_condition(model, args.num, args.label, args.prompt)
     sampler = SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options)
+    sampler = model.decoding(sampler) if isinstance(model, DiffusersModel) else sampler
     grid = choose_grid(args, name, implied_grid, model.noise_schedule)
     _warn(name, args.steps)
     bar = sys.stderr.isatty()
@@ -297,4 +304,5 @@ def sample_main(
     open_console()
     args = sample_parser().parse_args(argv)
     flags = {"sampler", "checkpoint", *OPTIONS, *REQUESTS}
+    cache_programs(report=str)
     run_command("flaxdiff-sample", flags, lambda: sample_run(args))

@@ -14,6 +14,7 @@ from typing import Any
 
 from .cost import data_shape, make_network, make_process, make_student, text_encoder
 from .settings import PREDICTORS, SCHEDULES, check_config, local_path, read_config
+from ..interop import load_diffusers
 from ..models import DiT, SimpleUNet
 from ..network import TrainedModel, null_of
 from ..pretrained import PretrainedModel, load_model, save_model, shipped_models
@@ -50,11 +51,14 @@ def run_model(
 
 # %% ../../nbs/60_teacher.ipynb #72bb9a04
 def open_model(
-    source,  # the folder of a run, a folder that `save_model` wrote, or the name of a shipped model
+    source,  # the folder of a run, one that `save_model` or diffusers wrote, or the name of a shipped model
     checkpoint=None,  # of a run: the number of a step, or "best"; the last by default
 ):
-    "The `PretrainedModel` of any of the three; a `ValueError` that says what there is."
-    path = local_path("RUN", source) / "config.json"
+    "The `PretrainedModel` of any of these; a `ValueError` that says what there is."
+    folder = local_path("RUN", source)
+    if (folder / "model_index.json").is_file() or (folder / "scheduler").is_dir():
+        return load_diffusers(folder)
+    path = folder / "config.json"
     if not path.exists() and str(source) not in shipped_models():
         raise ValueError("RUN must be a folder that flaxdiff-train or flaxdiff-export wrote, or the name "
                          f"of a shipped model ({', '.join(shipped_models())}), got {source}")

@@ -129,6 +129,7 @@ def build_trainer(
     network, schedule, predictor, null = parts_of(config, teacher)
     trainer: typing.Any = DiffusionTrainer(
         network, make_optimizer(config), schedule, config.seed, config.dataset,
+        learning_rate=lambda step: learning_rate(config)(step - config.optimizer_start),
         model_output_transform=predictor, ema_decay=config.ema_decay, ema_profiles=config.ema_profiles,
         loss_weight=LOSSES[config.loss](schedule, sigma_data),
         time_density=_density(config, schedule),
@@ -150,8 +151,11 @@ def build_trainer(
 # %% ../../nbs/56_train.ipynb #061a83fa
 def _settle(config, data):
     "With what only the data know: the number of classes, the size of arrays taken as stored."
-    if config.labels and config.classes is None:
-        config = dataclasses.replace(config, classes=len(data.label_names))
+    if config.labels:
+        names = len(data.label_names)
+        if config.classes is not None and config.classes < names:
+            raise ValueError(f"classes must be at least {names}, the classes of the data, got {config.classes}")
+        config = dataclasses.replace(config, classes=config.classes or names)
     if data_kind(config.dataset) in AS_STORED and None in (config.image_size, config.channels):
         place, batch = data.get_state(), next(data)
         data.set_state(place)
@@ -250,7 +254,7 @@ def _fit(trainer, data, config, done, progress, record):
 
 def _describe(trainer, datalen):
     "What is trained on what, in a line."
-    parameters = sum(p.size for p in jax.tree.leaves(trainer.state.params))
+    parameters = sum(p.size for p in jax.tree.leaves(trainer.training.look().params))
     devices = f"{len(trainer.devices)} × {trainer.devices[0].device_kind}"
     return f"{datalen} images of {trainer.model.image_shape}, {parameters:,} parameters, {devices}"
 

@@ -105,7 +105,7 @@ class DiffusersModel(PretrainedModel):
         return jnp.asarray(x) if self.autoencoder is None else self.autoencoder.decode(x)
 
     def sampler(self,
-                name: str = "heun",  # one of `SAMPLERS`
+                name: str | None = None,  # one of `SAMPLERS`; heun by default
                 **options: Any,  # of that solver
                ) -> Any:
         "The sampler called `name`: `sample` works on latents, `generate_images` decodes, and then clips."

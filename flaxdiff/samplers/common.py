@@ -22,6 +22,7 @@ from jax.core import Tracer
 from tqdm.auto import tqdm
 
 from ..denoiser import Level, as_denoiser, ask as ask_denoiser, check_conditioning, level_of, with_params
+from ..network import check_labels, null_of
 from ..guidance import guide
 from .grids import check_resolution, check_steps, make_steps
 from ..utils import (NoRandomKey, RandomMarkovState, as_key, check_flag, check_floats,
@@ -419,6 +420,7 @@ class DiffusionSampler(Solver):
            ):
         "`walk`, compiled; differentiable where it is a part of another traced function."
         check_resolution(steps, jnp.promote_types(x.dtype, jnp.float32))
+        check_labels(conditioning, null_of(self.model))
         times, last = jnp.asarray(pad_times(steps)), jnp.int32(len(steps) - 2)
         arrays = self.denoiser, x, times, last, key, as_conditions(conditioning, len(x))
         traced = any(isinstance(v, Tracer) for v in jax.tree.leaves(arrays))

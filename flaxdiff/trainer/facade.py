@@ -27,7 +27,7 @@ import optax
 
 from ..data.prefetch import prefetch_to_device
 from ..denoiser import Denoiser
-from ..network import NetworkCall, TrainedModel
+from ..network import NetworkCall, TrainedModel, check_labels, null_of
 from ..predictors.common import EpsilonPredictor, check_predictor
 from ..pretrained import load_params, save_model
 from . import checkpoints
@@ -309,6 +309,12 @@ class StateOnDevices:
             self.whole = self.parallel.one_copy(self.copies)
         return self.whole
 
+    def look_at(self,
+                pick: Callable[[TrainState], Any],  # state -> the part of it that is wanted
+               ) -> Any:
+        "One copy of a part alone, not to be kept: the rest is not gathered."
+        return pick(self.look()) if self.is_apart else self.parallel.one_copy(pick(self.copies))
+
     def lend(self,
              *fields: str,  # of the `TrainState`; all of them by default
             ) -> TrainState:
@@ -395,12 +401,16 @@ def last_rate(
     "The learning rate of the last update, where the optimizer's state or the trainer's schedule tells it."
     rate: Any = trainer.learning_rate
     if callable(rate):
-        skipped = int(trainer.training.look().skipped)
+        skipped = int(trainer.training.look_at(lambda state: state.skipped))
         return float(np.asarray(rate(max(trainer.steps_done - skipped - 1, 0))))
     if rate is not None:
         return float(np.asarray(rate))
-    rates = optax.tree.get_all_with_path(trainer.training.look().opt_state, "learning_rate")
-    return float(np.asarray(rates[0][1])) if rates else None
+
+    def rates(state):
+        return [leaf for _, leaf in optax.tree.get_all_with_path(state.opt_state, "learning_rate")][:1]
+
+    found = trainer.training.look_at(rates)
+    return float(np.asarray(found[0])) if found else None
 
 def checkpoint_loss(
     trainer: Any,  # a `DiffusionTrainer`
@@ -692,7 +702,9 @@ class DiffusionTrainer(TrainerOptions):
                     shapes: Sequence = ()) -> tuple[Any, dict]:  # (H, W) beside the first batch's
         "(image, conditions), checked."
         here = [d for d in self.devices if d.process_index == jax.process_index()]
-        return split_batch(batch, self.model.image_shape, shapes, len(here), self.accumulate)
+        parts = split_batch(batch, self.model.image_shape, shapes, len(here), self.accumulate)
+        check_labels(parts[1], null_of(self.model))
+        return parts
 
     def take_steps(self, batches: Sequence) -> dict[str, jax.Array]:  # of images, of dicts, or ready ones
         "An update for each batch, in one call; returns their metrics, still on their way from the devices."
