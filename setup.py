@@ -12,8 +12,8 @@ cfg = parser["DEFAULT"]
 git_url = cfg["git_url"]
 readme = (here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"]({git_url}/raw/{cfg['branch']}/nbs/images/")
 pythons = ["3.11", "3.12", "3.13", "3.14"]
-extras = {k: cfg[f"{k}_requirements"].split() for k in ("data", "text", "dev", "parity")}
-extras["dev"] += extras["data"]
+extras = {k: cfg[f"{k}_requirements"].split() for k in ("data", "hf", "text", "dev", "parity")}
+extras["dev"] += extras["data"] + extras["hf"]
 
 setup(
     name=cfg["lib_name"],

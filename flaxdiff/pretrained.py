@@ -470,7 +470,8 @@ class PretrainedModel:
                 **options: Any,  # of that solver
                ) -> Any:
         "The sampler called `name`, ready to `generate_images`."
-        name = name or ("flow-map" if self.is_flow_map else "heun")
+        if name is None:
+            name = "flow-map" if self.is_flow_map else "heun"
         solver = SAMPLERS[check_choice("sampler", name, SAMPLERS)]
         return solver(self.model, self.params, self.noise_schedule, self.model_output_transform, **options)
 

@@ -20,7 +20,7 @@ from flaxdiff.cli import train as training
 from flaxdiff.cli.export import export_main, make_card, train_command
 from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, open_model, sample_parser,
                                  sampler_of)
-from flaxdiff.cli.cost import check_fits, in_words, measure_cost
+from flaxdiff.cli.cost import check_fits, describe_cost, in_words, measure_cost
 from flaxdiff.cli.record import RunRecord
 from flaxdiff.cli.settings import (MAY_CHANGE, RECIPES, WITH_NEW_OPTIMIZER, change_config, check_config, kind_of,
                                    make_config, merge_settings)
@@ -877,3 +877,16 @@ def test_a_second_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "settle", interrupted)
     status, line = error_of(train_main, ["--out", tmp_path / "run"], capsys)
     assert (status, line) == (130, "error: interrupted")
+
+
+@pytest.mark.parametrize("given, needed", [({"classes": 12}, "--labels"), ({"condition_dropout": 0.2}, "--labels or --text"), ({"evaluate_every": 7}, "--validation")])
+def test_settings_that_nothing_would_look_at_are_refused(given, needed):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"^{name}=.* needs {needed}"): make_config(given)
+    asked = {"--labels": {"labels": True}, "--labels or --text": {"text": "letters"}, "--validation": {"validation": 0.1}}[needed]
+    assert getattr(make_config({**given, **asked}), name) == given[name]
+
+
+def test_memory_is_said_before_a_run_begins():
+    config = make_config({"dataset": "digits"})
+    assert re.search(r"here: [\d.]+ GB on each device", describe_cost(measure_cost(config), config))

@@ -514,7 +514,7 @@ def test_the_constructor_says_its_arguments():
     names = list(inspect.signature(DiffusionTrainer).parameters)
     assert names == ["model", "optimizer", "noise_schedule", "rngs", "name", "model_output_transform", "ema_decay", "ema_profiles", "loss_weight", "uncertainty",
                      "time_density", "flip", "augment", "learn_variance", "devices", "how", "accumulate", "steps_per_dispatch", "max_skipped",
-                     "checkpoint_dir", "checkpoint_every", "max_to_keep", "loss", "learning_rate", "fsdp", "condition_dropout", "null_condition"]
+                     "checkpoint_dir", "checkpoint_every", "max_to_keep", "loss", "learning_rate", "fsdp", "condition_dropout", "null_condition", "objective"]
 
 
 def test_a_step_is_a_pure_function():
@@ -945,9 +945,10 @@ def test_the_learning_rate_is_told():
     injected = make(optimizer=optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(rate)))
     fit(injected, stream(pictures()), 4, report_every=2)
     assert [row["learning_rate"] for row in injected.history] == pytest.approx([float(rate(1)), float(rate(3))])
-    injected.training.look = None  # for one number, the whole state is not gathered
-    fit(injected, stream(pictures()), 2)
-    assert len(injected.history) == 3
+    looks, look = [], injected.training.look
+    injected.training.look = lambda: looks.append(1) or look()
+    fit(injected, stream(pictures()), 4, report_every=1)
+    assert len(injected.history) == 6 and len(looks) == 1  # what `fit` returns: for one number the whole state is not gathered
     plain = make()
     fit(plain, stream(pictures()), 2)
     assert plain.history[0]["learning_rate"] is None and plain.history[0]["gradient"] > 0

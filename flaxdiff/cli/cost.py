@@ -278,8 +278,10 @@ def describe_cost(
     config,  # a `TrainConfig`
     done=0,  # updates made
 ):
-    "How long the rest will take elsewhere, in a line."
+    "How long the rest will take elsewhere, and the memory it needs, in a line."
     times = (f"{in_words(expected_seconds(cost, config, chip, done))} on {chip}" for chip in CHIPS)
     work = 3 * cost.flops * config.batch_size
+    memory = memory_needed(cost, config, config.batch_size // (jax.device_count() * config.accumulate))
     return (f"{config.steps - done:,} updates of {work / 1e12:.3g} TFLOP: about {', '.join(times)} "
-            "(estimated); here: said after the first updates")
+            f"(estimated); here: {memory / 1e9:.2g} GB on each device, "
+            "and the time is said after the first updates")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'OF_NETWORK', 'IN_FOLDERS',
            'AS_STORED', 'RECIPES', 'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig', 'kind_of', 'check_field',
-           'check_config', 'data_kind', 'choose_recipe', 'check_network', 'make_config', 'local_path', 'read_settings',
-           'read_config', 'merge_settings', 'change_config', 'train_parser', 'newest_step', 'choose_config',
-           'describe_changes']
+           'check_config', 'data_kind', 'choose_recipe', 'check_network', 'check_idle', 'make_config', 'local_path',
+           'read_settings', 'read_config', 'merge_settings', 'change_config', 'train_parser', 'newest_step',
+           'choose_config', 'describe_changes']
 
 # %% ../../nbs/57_settings.ipynb #98f29761
 import argparse
@@ -254,6 +254,19 @@ def check_network(
                 raise ValueError(f"{name}={given[name]} is for --network {other}, and this is {network}; "
                                  "leave it out")
 
+def check_idle(
+    given,  # a dict of the fields that were set
+    usual,  # what the fields are when they are not given
+):
+    "A `ValueError` for a setting that nothing would look at."
+    has_labels, has_text = bool(given.get("labels")), given.get("text") is not None
+    needs = {"classes": ("--labels", has_labels),
+             "condition_dropout": ("--labels or --text", has_labels or has_text),
+             "evaluate_every": ("--validation SHARE", bool(given.get("validation")))}
+    for name, (needed, is_there) in needs.items():
+        if name in given and given[name] != usual[name] and not is_there:
+            raise ValueError(f"{name}={given[name]} needs {needed}, which was not asked for; leave it out")
+
 def make_config(
     given,  # a dict of the fields that were set
 ):
@@ -261,6 +274,7 @@ def make_config(
     name = choose_recipe(given)
     recipe = RECIPES[name]
     check_network(given, {**_DEFAULTS, **recipe})
+    check_idle(given, {**_DEFAULTS, **recipe})
     config = TrainConfig(**{**recipe, **given, "recipe": name})
     if config.optimizer_start:
         raise ValueError(f"optimizer_start must be 0 in a new run, got {config.optimizer_start}: these "
