@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ALIASES', 'ENDINGS', 'OPTIONS', 'GRIDS', 'BY_LAMBDA', 'NEED_LEVELS', 'checkpoint_step', 'load_run', 'sampler_of',
            'find_sampler', 'Option', 'flag_of', 'choose_options', 'default_grid', 'sample_parser', 'check_request',
-           'choose_grid', 'sample_run', 'sample_main', 'SAMPLERS', 'is_run', 'open_model', 'read_average', 'run_model']
+           'check_latents', 'choose_grid', 'sample_run', 'sample_main', 'SAMPLERS', 'is_run', 'open_model',
+           'read_average', 'run_model']
 
 # %% ../../nbs/61_sample.ipynb #03cb9d31
 import argparse
@@ -231,6 +232,17 @@ def check_request(
             raise ValueError(f"--{flag} must be a file, {path} is a folder")
     picture_format(local_path("--out", args.out))
 
+def check_latents(
+    model,  # a `PretrainedModel`
+    args,  # what `sample_parser` made of the flags
+):
+    "A `ValueError` for a picture that is given to a network of latents."
+    has_latents = isinstance(model, DiffusersModel) and model.autoencoder is not None
+    for flag in ("init", "mask"):
+        if has_latents and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} cannot be used with {args.run}: "
+                             "its network draws latents, not pictures")
+
 def choose_grid(
     args,  # what `sample_parser` made of the flags
     name,  # of the solver
@@ -268,10 +280,7 @@ def sample_run(
     check_request(args)
     known = None if args.sampler is None else find_sampler(args.sampler)
     model = open_model(args.run, args.checkpoint)
-    has_latents = isinstance(model, DiffusersModel) and model.autoencoder is not None
-    for flag in ("init", "mask"):
-        if has_latents and getattr(args, flag) is not None:
-            raise ValueError(f"--{flag} cannot be used with {args.run}, whose network draws latents, not pictures")
+    check_latents(model, args)
     name, implied, implied_grid = known or find_sampler("flow-map" if model.is_flow_map else "heun")
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     options = choose_options(name, given, implied)

@@ -154,7 +154,8 @@ def _settle(config, data):
     if config.labels:
         names = len(data.label_names)
         if config.classes is not None and config.classes < names:
-            raise ValueError(f"classes must be at least {names}, the classes of the data, got {config.classes}")
+            raise ValueError(f"classes must be at least {names}, as many as the data have, "
+                             f"got {config.classes}")
         config = dataclasses.replace(config, classes=config.classes or names)
     if data_kind(config.dataset) in AS_STORED and None in (config.image_size, config.channels):
         place, batch = data.get_state(), next(data)

@@ -50,6 +50,7 @@ def split_batch(
     shapes: Sequence = (),  # further (H, W) that batches may have
     devices: int = 1,  # of this host
     accumulate: int = 1,  # parts of each device's share
+    null: Any = (),  # the network's null condition, which tells how many classes there are
 ) -> tuple[Any, dict]:
     "(image, conditions by name), or a `ValueError` that says what is wrong with the batch."
     if isinstance(batch, (list, tuple)):
@@ -66,6 +67,7 @@ def split_batch(
     if len(image) % (devices * accumulate):
         parts = f", and in {accumulate} parts on each" if accumulate > 1 else ""
         raise ValueError(f"the batch must divide among {devices} devices{parts}, got {len(image)} images")
+    check_labels(conditions, null)
     return image, {name: check_condition(name, rows, len(image)) for name, rows in conditions.items()}
 
 def check_shape(
@@ -701,10 +703,8 @@ class DiffusionTrainer(TrainerOptions):
                     batch: Any,  # images, or a dict with `image` and conditions
                     shapes: Sequence = ()) -> tuple[Any, dict]:  # (H, W) beside the first batch's
         "(image, conditions), checked."
-        here = [d for d in self.devices if d.process_index == jax.process_index()]
-        parts = split_batch(batch, self.model.image_shape, shapes, len(here), self.accumulate)
-        check_labels(parts[1], null_of(self.model))
-        return parts
+        here = sum(d.process_index == jax.process_index() for d in self.devices)
+        return split_batch(batch, self.model.image_shape, shapes, here, self.accumulate, null_of(self.model))
 
     def take_steps(self, batches: Sequence) -> dict[str, jax.Array]:  # of images, of dicts, or ready ones
         "An update for each batch, in one call; returns their metrics, still on their way from the devices."
