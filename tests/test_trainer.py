@@ -23,6 +23,7 @@ from flaxdiff.schedulers import CosineContinuousNoiseScheduler, EDMNoiseSchedule
 from flaxdiff.speed import compiler_options
 from flaxdiff.trainer import DiffusionTrainer, TrainingDiverged, training_step
 from flaxdiff.trainer.evaluation import HeldOutLoss
+from flaxdiff.trainer.facade import split_batch
 from flaxdiff.trainer.step import cut_in_parts, draw_batch, drop_conditions, gradient, init_state
 
 
@@ -1136,3 +1137,9 @@ def test_levels_of_the_held_out_loss_are_spread_evenly():
     np.testing.assert_allclose(times, (np.arange(50) + 0.5) / 50, atol=0.02)
     normal = spread_times(lambda key, n: jax.random.normal(key, (n,)), jax.random.key(0), 1000)
     assert abs(float(normal.mean())) < 0.02 and abs(float(normal.std()) - 1) < 0.02
+
+
+def test_a_label_beyond_the_classes_is_refused():
+    batch = {"image": pictures(2), "label": np.array([3, 12])}
+    with pytest.raises(ValueError, match="^label must lie in 0 … 9, or be 10 for no class, got 12"): split_batch(batch, null={"label": 10})
+    assert split_batch(batch, null={"label": 12})[1]["label"].tolist() == [3, 12]
