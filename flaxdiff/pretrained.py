@@ -473,7 +473,19 @@ class PretrainedModel:
         if name is None:
             name = "flow-map" if self.is_flow_map else "heun"
         solver = SAMPLERS[check_choice("sampler", name, SAMPLERS)]
-        return solver(self.model, self.params, self.noise_schedule, self.model_output_transform, **options)
+        parts = self.model, self.params, self.noise_schedule, self.model_output_transform
+        return self.decoding(solver(*parts, **options))
+
+    @property
+    def has_latents(self) -> bool:
+        "Whether the network works on something else than pictures, which must be decoded."
+        return False
+
+    def decoding(self,
+                 sampler: Any,  # a `DiffusionSampler` of this model, such as one of a guided denoiser
+                ) -> Any:
+        "The same sampler, which hands out pictures; here it does so already."
+        return sampler
 
 # %% ../nbs/63_pretrained.ipynb #f4b61d6d
 SHIPPED = Path(str(files("flaxdiff"))) / "shipped"

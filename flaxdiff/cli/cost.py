@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHIPS', 'REACHED', 'check_buckets', 'make_network', 'text_encoder', 'make_student', 'data_shape', 'make_process',
            'machine_memory', 'finest_channels', 'least_bytes', 'check_memory', 'Cost', 'measure_cost', 'memory_needed',
-           'check_fits', 'expected_seconds', 'in_words', 'describe_cost']
+           'device_share', 'check_fits', 'expected_seconds', 'in_words', 'describe_cost']
 
 # %% ../../nbs/58_cost.ipynb #399e08af
 import math
@@ -78,8 +78,11 @@ def make_student(
     "The teacher's network, told the end of a jump, too; in the run's dtype, and nothing dropped out."
     if teacher.is_flow_map:
         raise ValueError(f"distill must name a model that denoises, {config.distill} is a flow map already")
-    options: dict[str, Any] = {"dropout": 0.0, "remat": config.remat, "dtype": _DTYPES[config.dtype]}
-    return TwoTimes(teacher.model.module.clone(**options))
+    network = teacher.model.module
+    if not isinstance(network, (SimpleUNet, DiT)):
+        raise ValueError(f"distill must name a model of a SimpleUNet or a DiT, {config.distill} is of a "
+                         f"{type(network).__name__}")
+    return TwoTimes(network.clone(dropout=0.0, remat=config.remat, dtype=_DTYPES[config.dtype]))
 
 def data_shape(
     config,  # a `TrainConfig`
@@ -223,16 +226,21 @@ def memory_needed(
     return 4 * (cost.parameters * arrays + cost.held) + cost.waiting * images
 
 # %% ../../nbs/58_cost.ipynb #3587706b
+def device_share(
+    config,  # a `TrainConfig`
+):
+    "b: the images of a batch that a device gets, at least 1."
+    return max(config.batch_size // jax.device_count(), 1)
+
 def check_fits(
     cost,  # a `Cost`
     config,  # a `TrainConfig`
 ):
     "A `ValueError` where (2) is more than nine tenths of a device's memory; it says what would fit."
-    devices = len(jax.devices())
     room = machine_memory()
     if jax.default_backend() == "cpu":  # they share it
         room /= jax.local_device_count()
-    share = max(config.batch_size // devices, 1)
+    share = device_share(config)
     need = memory_needed(cost, config, share / config.accumulate)
     if need <= 0.9 * room:
         return
@@ -245,7 +253,7 @@ def check_fits(
     least = memory_needed(cost, config, share / parts)
     raise ValueError(f"batch_size={config.batch_size} needs about {need / 1e9:,.0f} GB on a device, and "
                      f"{room / 1e9:,.0f} GB are there; --accumulate {parts} keeps the batch and needs "
-                     f"{least / 1e9:,.0f} GB, --batch-size {fit * devices} fits as it is")
+                     f"{least / 1e9:,.0f} GB, --batch-size {fit * jax.device_count()} fits as it is")
 
 # %% ../../nbs/58_cost.ipynb #5ce0ec27
 CHIPS = {"an H100": (989e12, 3.35e12), "a TPU v4-8": (4 * 275e12, 4 * 1.2e12)}  # operations a second in
@@ -281,7 +289,7 @@ def describe_cost(
     "How long the rest will take elsewhere, and the memory it needs, in a line."
     times = (f"{in_words(expected_seconds(cost, config, chip, done))} on {chip}" for chip in CHIPS)
     work = 3 * cost.flops * config.batch_size
-    memory = memory_needed(cost, config, config.batch_size // (jax.device_count() * config.accumulate))
+    memory = memory_needed(cost, config, device_share(config) / config.accumulate)
     return (f"{config.steps - done:,} updates of {work / 1e12:.3g} TFLOP: about {', '.join(times)} "
-            f"(estimated); here: {memory / 1e9:.2g} GB on each device, "
+            f"(estimated); here: {memory / 1e9:,.1f} GB on each device, "
             "and the time is said after the first updates")

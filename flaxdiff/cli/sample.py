@@ -26,7 +26,6 @@ from .request import REQUESTS, add_request, check_asked, draw_request, make_cond
 from .teacher import is_run, open_model, read_average, run_model  # where they have their place now
 from .train import (build_trainer, check_memory, local_path, picture_format, read_config,
                                 run_command, save_grid, write_whole)
-from ..interop import DiffusersModel
 from ..pretrained import SAMPLERS, PretrainedModel, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
 from ..speed import cache_programs
@@ -237,9 +236,8 @@ def check_latents(
     args,  # what `sample_parser` made of the flags
 ):
     "A `ValueError` for a picture that is given to a network of latents."
-    has_latents = isinstance(model, DiffusersModel) and model.autoencoder is not None
     for flag in ("init", "mask"):
-        if has_latents and getattr(args, flag) is not None:
+        if model.has_latents and getattr(args, flag) is not None:
             raise ValueError(f"--{flag} cannot be used with {args.run}: "
                              "its network draws latents, not pictures")
 
@@ -292,8 +290,7 @@ def sample_run(
     usual = 2.0 if asked and not model.is_flow_map else 1.0  # a guided jump is not the jump of a guided path
     guidance = usual if args.guidance is None else args.guidance
     condition = make_condition(model, args.num, args.label, args.prompt)
-    sampler = SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options)
-    sampler = model.decoding(sampler) if isinstance(model, DiffusersModel) else sampler
+    sampler = model.decoding(SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options))
     grid = choose_grid(args, name, implied_grid, model.noise_schedule)
     _warn(name, args.steps)
     bar = sys.stderr.isatty()

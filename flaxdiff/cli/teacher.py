@@ -56,17 +56,16 @@ def open_model(
 ):
     "The `PretrainedModel` of any of these; a `ValueError` that says what there is."
     folder = local_path("RUN", source)
-    if (folder / "model_index.json").is_file() or (folder / "scheduler").is_dir():
-        return load_diffusers(folder)
     path = folder / "config.json"
-    if not path.exists() and str(source) not in shipped_models():
+    is_foreign = (folder / "model_index.json").is_file() or (folder / "scheduler").is_dir()
+    if not is_foreign and not path.exists() and str(source) not in shipped_models():
         raise ValueError("RUN must be a folder that flaxdiff-train or flaxdiff-export wrote, or the name "
                          f"of a shipped model ({', '.join(shipped_models())}), got {source}")
     if is_run(path):
         return run_model(source, checkpoint)[0]
     if checkpoint is not None:
         raise ValueError(f"checkpoint is for the folder of a run, and {source} is one model alone")
-    return load_model(source)
+    return load_diffusers(folder) if is_foreign else load_model(source)
 
 def is_run(
     path,  # a config.json, which may be missing

@@ -127,9 +127,10 @@ def build_trainer(
     shape, sigma_data = data_shape(config)
     check_memory("batch_size", config.batch_size, shape, finest_channels(config))
     network, schedule, predictor, null = parts_of(config, teacher)
+    rate = learning_rate(config)
     trainer: typing.Any = DiffusionTrainer(
         network, make_optimizer(config), schedule, config.seed, config.dataset,
-        learning_rate=lambda step: learning_rate(config)(step - config.optimizer_start),
+        learning_rate=lambda step: rate(step - config.optimizer_start),
         model_output_transform=predictor, ema_decay=config.ema_decay, ema_profiles=config.ema_profiles,
         loss_weight=LOSSES[config.loss](schedule, sigma_data),
         time_density=_density(config, schedule),

@@ -104,18 +104,16 @@ class DiffusersModel(PretrainedModel):
         "Images, (B, H, W, C), about [-1, 1]."
         return jnp.asarray(x) if self.autoencoder is None else self.autoencoder.decode(x)
 
-    def sampler(self,
-                name: str | None = None,  # one of `SAMPLERS`; heun by default
-                **options: Any,  # of that solver
-               ) -> Any:
-        "The sampler called `name`: `sample` works on latents, `generate_images` decodes, and then clips."
-        return self.decoding(super().sampler(name, **options))
+    @property
+    def has_latents(self) -> bool:
+        "Whether there is an autoencoder."
+        return self.autoencoder is not None
 
     def decoding(self,
                  sampler: Any,  # a `DiffusionSampler` of this model, such as one of a guided denoiser
                 ) -> Any:
-        "The same sampler, whose `generate_images` decodes, and then clips."
-        if self.autoencoder is not None:
+        "The same sampler, whose `generate_images` decodes, and then clips; `sample` works on latents."
+        if self.has_latents:
             sampler.finish_images = lambda latents: finish_images(self.decode(latents))
         return sampler
 
