@@ -442,6 +442,7 @@ SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "midpoint": MidpointSamp
 
 SizedNetwork = TrainedModel  # its name here, once
 
+# %% ../nbs/63_pretrained.ipynb #4ab62ef1
 @dataclass(frozen=True, eq=False)
 class PretrainedModel:
     "All that sampling needs, and nothing that training needs."
