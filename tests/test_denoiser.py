@@ -210,7 +210,7 @@ def test_a_bar_counts_the_steps_and_changes_nothing(capfd):
     sampler = make(HeunSampler)
     ask = lambda **more: sampler.generate_images(2, 6, image_size=2, channels=1, rng=0, **more)
     plain, shown = ask(), ask(progress=True)
-    assert "5/5" in capfd.readouterr().err and sampler.bar.n == 5
+    assert "5/5" in capfd.readouterr().err and sampler.bar.shown.n == 5
     np.testing.assert_array_equal(plain, shown)
     with pytest.raises(ValueError, match="progress"): ask(progress="yes")
     with pytest.raises(ValueError, match="progress must be False"): jax.jit(lambda key: sampler.generate_images(2, 6, image_size=2, channels=1, rng=key, progress=True))(jax.random.key(0))

@@ -376,3 +376,27 @@ def test_bad_measurements_are_refused():
     refuse("image_size must be given", solve_inverse, sampler, images, lambda x: x, 0.1)
     refuse("b must have shape", slerp, images, images[:, :2], 0.5)
     refuse("direction", slerp, images, 0 * images, 0.5)
+
+
+# ---------------------------------------------------------------- a bar on long work
+
+BARS = {  # function -> the steps its bars count
+    "image_to_image": (lambda sampler, **more: image_to_image(sampler, pictures(), 0.6, 6, rng=0, **more), [5]),
+    "encode": (lambda sampler, **more: encode(sampler, pictures(), 6, 0.9, **more), [5]),
+    "invert_and_edit": (lambda sampler, **more: invert_and_edit(sampler, pictures(), (), (), 6, 0.9, **more), [5, 5]),
+    "replace": (lambda sampler, **more: inpaint(sampler, pictures(), np.eye(4), "replace", 6, rng=0, **more), [5]),
+    "repaint": (lambda sampler, **more: inpaint(sampler, pictures(), np.eye(4), "repaint", 6, rng=0, **more), [5]),
+    "inverse": (lambda sampler, **more: solve_inverse(sampler, np.zeros((2, 2, 2, 1), np.float32), Downsample(2), 0.1, 6, image_size=4, channels=1, rng=0, **more), [5])}
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_a_bar_counts_the_steps_of_edits(name, capfd):
+    "Also after a run without one, by the same sampler: its copies count on the same bar."
+    edit, steps = BARS[name]
+    sampler = wave_sampler()
+    plain, shown, again = edit(sampler), edit(sampler, progress=True), edit(sampler, progress=True)
+    err = capfd.readouterr().err
+    assert err.count("5/5") >= 2 * len(steps), err
+    np.testing.assert_array_equal(plain, shown)
+    np.testing.assert_array_equal(plain, again)
+    with pytest.raises(ValueError, match="progress"): edit(sampler, progress="yes")

@@ -88,7 +88,8 @@ def test_answers_are_the_formulas(schedule, predictor, x64):
         answers["weak"] = answers["weak"][0], weak + 2.5 * (given - weak)
         for name, (denoiser, want) in answers.items():
             x0, eps = denoiser(x, t, COND)
-            np.testing.assert_allclose(x0, want, rtol=1e-6, atol=1e-6, err_msg=name)
+            told = guided.std(1) > 1e-6 if name == "rescaled" else slice(None)  # where two numbers agree to rounding, their spreads' ratio is noise
+            np.testing.assert_allclose(x0[told], want[told], rtol=1e-6, atol=1e-6, err_msg=name)
             np.testing.assert_allclose(alpha * x0 + sigma * eps, x, rtol=1e-9, atol=1e-9 * float(sigma.max()), err_msg=name)
 
 

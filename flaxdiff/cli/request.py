@@ -156,9 +156,9 @@ def draw_request(
 ):
     "The images that were asked for, (N, H, W, C) in [-1, 1]."
     options: dict[str, Any] = dict(diffusion_steps=args.steps, rng=args.seed, grid=grid)
-    options["conditioning"] = conditioning
+    options.update(conditioning=conditioning, progress=progress)
     if args.init is None:
-        return sampler.generate_images(args.num, progress=progress, **options)
+        return sampler.generate_images(args.num, **options)
     images = np.repeat(read_picture("init", args.init, shape)[None], args.num, 0)
     if args.mask is None:
         strength = 0.6 if args.strength is None else args.strength

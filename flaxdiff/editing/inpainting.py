@@ -162,6 +162,7 @@ def inpaint(
     rng: Any = None,  # a key or a seed; fresh noise by default
     conditioning: Any = (),  # a dict of further arguments of the model, or a tuple of them, each (B, …)
     grid: Any = None,  # how the levels are spaced; uniform in t by default
+    progress: bool = False,  # show a bar that counts the steps
 ) -> jax.Array:
     "`images` with new content in the holes, (B, H, W, C) in [-1, 1]; kept pixels come back bit for bit."
     images = check_pictures(sampler, images)
@@ -182,5 +183,5 @@ def inpaint(
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     start = jnp.where(mask == 1, alpha * images + sigma * noise, prior_std(schedule, t) * noise)
     made = solver.generate_images(diffusion_steps=diffusion_steps, rng=key, priors=start,
-                                  conditioning=conditioning, grid=grid)
+                                  conditioning=conditioning, grid=grid, progress=progress)
     return jnp.where(mask == 1, images, made)

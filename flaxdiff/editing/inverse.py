@@ -166,6 +166,7 @@ def solve_inverse(
     rng: Any = None,  # a key or a seed; fresh noise by default
     conditioning: Any = (),  # a dict of further arguments of the model, or a tuple of them, each (B, …)
     grid: Any = None,  # how the levels are spaced; uniform in t by default
+    progress: bool = False,  # show a bar that counts the steps
 ) -> jax.Array:
     "Draws of x₀ given y = A x₀ + σ_y·noise, (B, H, W, C) in [-1, 1]."
     if not isinstance(sampler, DiffusionSampler):
@@ -184,7 +185,7 @@ def solve_inverse(
                        iterations, variance)
     return with_denoiser(sampler, edited).generate_images(
         len(measurement), diffusion_steps, image_size=image_size, channels=channels, rng=rng,
-        conditioning=conditioning, grid=grid)
+        conditioning=conditioning, grid=grid, progress=progress)
 
 # %% ../../nbs/55_inverse.ipynb #0d258ed7
 class Keep(flax.struct.PyTreeNode):

@@ -39,6 +39,7 @@ def image_to_image(
     rng: Any = None,  # a key or a seed; fresh noise by default
     conditioning: Any = (),  # a dict of further arguments of the model, or a tuple of them, each (B, …)
     grid: Any = None,  # how the levels are spaced; uniform in t by default
+    progress: bool = False,  # show a bar that counts the steps
 ) -> jax.Array:
     "New images like `images`: noise up to t = strength·T, then sampled down (Meng et al. 2022, algorithm 1)."
     images = check_pictures(sampler, images)
@@ -52,7 +53,7 @@ def image_to_image(
     noisy = sampler.noise_schedule.alpha(t) * images + noise
     # Sample down
     return sampler.generate_images(diffusion_steps=diffusion_steps, start_step=start_step, rng=key,
-                                   priors=noisy, conditioning=conditioning, grid=grid)
+                                   priors=noisy, conditioning=conditioning, grid=grid, progress=progress)
 
 # %% ../../nbs/53_editing.ipynb #d760a5f0
 def encode(
@@ -62,6 +63,7 @@ def encode(
     strength: float = 1.0,  # in (0, 1]: up to which level, as a share of T
     conditioning: Any = (),  # a dict of further arguments of the model, or a tuple of them, each (B, …)
     grid: Any = None,  # how the levels are spaced; uniform in t by default
+    progress: bool = False,  # show a bar that counts the steps
 ) -> jax.Array:
     "The noise at t = strength·T that the solver turns into `images`: its ODE, backwards (Song et al. 2021a)."
     images = check_pictures(sampler, images)
@@ -70,7 +72,7 @@ def encode(
     if sampler.noise_schedule.alpha(steps[0]) == 0:
         raise ValueError(f"strength must be below 1, got {strength}: this schedule ends in pure noise, and "
                          "no signal is left there to come back from; try strength=0.98")
-    return sampler.encode(images, steps, conditioning)
+    return sampler.encode(images, steps, conditioning, progress)
 
 def invert_and_edit(
     sampler: Any,  # a `DiffusionSampler` without chance
@@ -80,11 +82,12 @@ def invert_and_edit(
     diffusion_steps: int = 50,  # N: noise levels, each way
     strength: float = 1.0,  # in (0, 1]: up to which level, as a share of T
     grid: Any = None,  # how the levels are spaced; uniform in t by default
+    progress: bool = False,  # show a bar for each way
 ) -> jax.Array:
     "`images` carried to noise under one condition and back under another (Su et al. 2023, algorithm 1)."
-    noise = encode(sampler, images, diffusion_steps, strength, conditioning, grid)
+    noise = encode(sampler, images, diffusion_steps, strength, conditioning, grid, progress)
     return sampler.generate_images(diffusion_steps=diffusion_steps, start_step=1000 * float(strength),
-                                   priors=noise, conditioning=new_conditioning, grid=grid)
+                                   priors=noise, conditioning=new_conditioning, grid=grid, progress=progress)
 
 # %% ../../nbs/53_editing.ipynb #3b6f3958
 def slerp(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SamplerState', 'pair_step_forms', 'Solver', 'make_ask', 'tabulate', 'visit_each', 'walk', 'pad_times', 'Programs',
            'prior_std', 'draw_noise', 'image_shape', 'check_priors', 'finish_images', 'warn_of_lost_images',
-           'as_conditions', 'run_with_bar', 'count_step', 'DiffusionSampler']
+           'as_conditions', 'StepBar', 'run_with_bar', 'DiffusionSampler']
 
 # %% ../../nbs/05_sampling.ipynb #e8cdf78b
 import warnings
@@ -196,7 +196,7 @@ def walk(
 
     def visit(carry, row):
         if progress:
-            jax.debug.callback(partial(count_step, sampler))
+            jax.debug.callback(sampler.bar.count)
         if sampler.starts_pure:  # where α = 0 every solver takes DDIM's step, and no memory: σ/α is infinite
             return jax.lax.cond(row[1].alpha == 0, leave_pure_noise, one_step, carry, row)
         return one_step(carry, row)
@@ -336,6 +336,14 @@ def as_conditions(
     conditioning = dict(conditioning) if isinstance(conditioning, Mapping) else tuple(conditioning)
     return jax.tree.map(jnp.asarray, conditioning)
 
+class StepBar:
+    "The bar of a run, shared by a sampler and its copies: what counts was compiled for one of them."
+    shown: Any = None  # the tqdm bar of the latest run
+
+    def count(self):
+        "One step more."
+        self.shown.update()
+
 def run_with_bar(
     sampler,  # a `DiffusionSampler`
     run,  # its `programs`, with all but one of its arguments
@@ -345,16 +353,10 @@ def run_with_bar(
     "What `run` returns, while a bar counts the steps."
     if traced:
         raise ValueError("progress must be False inside jit, grad or vmap: the steps are taken later")
-    with tqdm(total=steps, desc=type(sampler).__name__, unit="step") as sampler.bar:
+    with tqdm(total=steps, desc=type(sampler).__name__, unit="step") as sampler.bar.shown:
         x = jax.block_until_ready(run(progress=True))
         jax.effects_barrier()
     return x
-
-def count_step(
-    sampler,  # the one whose bar it is
-):
-    "One step more on the bar."
-    sampler.bar.update()
 
 # %% ../../nbs/05_sampling.ipynb #5671fc51
 class DiffusionSampler(Solver):
@@ -373,6 +375,7 @@ class DiffusionSampler(Solver):
         self.model_output_transform = getattr(self.denoiser, "model_output_transform", None)
         self.guidance_scale = guidance_scale
         self.starts_pure = float(self.noise_schedule.alpha(self.noise_schedule.max_timesteps)) == 0
+        self.bar = StepBar()
         self.programs = Programs(partial(walk, self), ("denoise_final", "differentiable", "progress"))
         self.draw_noise = Programs(draw_noise, ("shape",))
         self.finish_images = Programs(finish_images)
@@ -443,15 +446,17 @@ class DiffusionSampler(Solver):
                x,  # (B, …): samples at time steps[-1]
                steps,  # (N,): decreasing times, those of `sample`; here walked from the last up to the first
                conditioning=(),  # a dict of further arguments of the model, or a tuple of them, each (B, …)
+               progress=False,  # show a bar that counts the steps
               ):
         "The noise at steps[0] that leads to x. `ValueError` if the solver draws noise, or α(steps[0]) = 0."
         x = check_floats("x", x)
+        check_flag("progress", progress)
         steps = self.check_steps(steps)
         if self.noise_schedule.alpha(steps[0]) == 0:
             raise ValueError(f"steps must start where α > 0, got {steps[0]:g}: "
                              "no signal is left there to come back from")
         try:
-            return self.run(x, steps[::-1], None, conditioning, False)  # without a key
+            return self.run(x, steps[::-1], None, conditioning, False, progress)  # without a key
         except NoRandomKey:
             name = type(self).__name__
             raise ValueError(f"eta must be 0, and no other option stochastic, to encode: {name} draws fresh "
