@@ -336,6 +336,7 @@ def as_conditions(
     conditioning = dict(conditioning) if isinstance(conditioning, Mapping) else tuple(conditioning)
     return jax.tree.map(jnp.asarray, conditioning)
 
+# %% ../../nbs/05_sampling.ipynb #940fa27d
 class StepBar:
     "The bar of a run, shared by a sampler and its copies: what counts was compiled for one of them."
     shown: Any = None  # the tqdm bar of the latest run

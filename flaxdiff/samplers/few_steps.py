@@ -156,12 +156,12 @@ class FewStepSampler(MultistepSampler):
                              "the fit has found the levels")
         return self.steps
 
-    def encode(self, x, steps, conditioning=()):
+    def encode(self, x, steps, conditioning=(), progress=False):
         "Upwards the learned weights mean nothing: refused after a fit."
         if self.corrections is not None:
             raise ValueError("a fitted FewStepSampler only leads down; "
                              "encode with DDIMSampler, or with one that was not fitted")
-        return super().encode(x, steps, conditioning)
+        return super().encode(x, steps, conditioning, progress)
 
     def residual(self,
                  theta,  # (3 knots + 1,): θ

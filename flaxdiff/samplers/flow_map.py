@@ -156,9 +156,9 @@ class FlowMapSampler(DiffusionSampler):
         z = jax.random.normal(key, x0.shape, x0.dtype)
         return state.ddim_step(x0, self.kept * eps + self.gamma * z), state
 
-    def encode(self, x, steps, conditioning=()):
+    def encode(self, x, steps, conditioning=(), progress=False):
         "Upwards a flow map was not trained: a `ValueError`, but for denoisers that know no end."
         if knows_end(self.level(jnp.asarray(self.noise_schedule.max_timesteps, x.dtype))):
             raise ValueError("model must lead upwards to encode, and a flow map leads down only; "
                              "use HeunSampler, which asks it as a denoiser")
-        return super().encode(x, steps, conditioning)
+        return super().encode(x, steps, conditioning, progress)
