@@ -128,6 +128,7 @@ def readme_cells(
             cell.source = cell.source.replace("](images/", "](nbs/images/")
             cell.source = LINK.sub(lambda m: f"]({site_url()}{page_name(m[1])}{m[2] or ''})", cell.source)
         else:
+            alt = directives.get("fig-alt:", "").strip("\"'")
             cell.source = DIRECTIVE.sub("", cell.source).strip()
             hidden = {"echo:": "source", "output:": "output"}
             cell.metadata = {"tags": [f"no-{what}" for key, what in hidden.items() if directives.get(key) == "false"]}
@@ -136,7 +137,7 @@ def readme_cells(
                 if kind is None: continue
                 name = f"index_{len(pictures) + 1}.{IMAGE_TYPES[kind]}"
                 pictures[name] = base64.b64decode("".join(out["data"][kind]))
-                out["data"] = {"text/markdown": f"![](nbs/images/{name})"}
+                out["data"] = {"text/markdown": f"![{alt}](nbs/images/{name})"}
         cells.append(cell)
     return cells, pictures
 

@@ -18,7 +18,7 @@ from pyflakes.messages import UndefinedName
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "flaxdiff").rglob("*.py") if not p.name.startswith("_"))
-MAX_BYTES, MAX_LINES, MAX_CLASS = 1_200_000, 45, 130  # a class stands whole in one cell, however many methods it has
+MAX_BYTES, MAX_LINES, MAX_CLASS, SHORTEST_ALT = 1_200_000, 45, 130, 40  # a class stands whole in one cell, however many methods it has
 SITE = "https://colab.research.google.com/github/flaxdiff/flaxdiff/blob/main/nbs/"
 
 
@@ -178,6 +178,20 @@ def imports_stand_alone(chapter):
                 yield f"a cell mixes imports with other code, which the site's build would run: {first_lines(cell['source'])}"
 
 
+def pictures_are_described(chapter):
+    described = {}
+    for cell in chapter.code:
+        if not any(kind.startswith("image/") for out in cell["outputs"] for kind in out.get("data", {})): continue
+        head, where = re.match(r"(?:#\|.*\n?)*", cell["source"])[0], first_lines(re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M))
+        alt = yaml.safe_load(directives(head).get("fig-alt:", ""))
+        if not isinstance(alt, str): yield f"a picture without `#| fig-alt: \"…\"` at the top of its cell: {where}"
+        elif len(alt) < SHORTEST_ALT: yield f"a description of {len(alt)} characters, less than {SHORTEST_ALT}: {where}"
+        elif alt in described: yield f"one description for two pictures: {described[alt]}; {where}"
+        else: described[alt] = where
+    for cell in chapter.prose:
+        for target in re.findall(r"!\[\s*\]\(([^)\s]+)", prose_of(cell["source"])): yield f"a picture without a description: {target}"
+
+
 def names_are_defined(chapter):
     code = "\n".join(TransformerManager().transform_cell(cell["source"]) for cell in chapter.code)
     unknown = [m.message_args[0] for m in Checker(ast.parse(code), chapter.name).messages if isinstance(m, UndefinedName)]
@@ -189,7 +203,7 @@ def ends_in_prose(chapter):
 
 
 LAWS = [cells_have_ids, outputs_are_kept, outputs_are_clean, size_is_bounded, cells_are_short, opens_with_a_promise, exports_one_module,
-        links_lead_somewhere, opens_in_colab, imports_stand_alone, names_are_defined, ends_in_prose]
+        links_lead_somewhere, opens_in_colab, imports_stand_alone, pictures_are_described, names_are_defined, ends_in_prose]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -197,6 +211,10 @@ LAWS = [cells_have_ids, outputs_are_kept, outputs_are_clean, size_is_bounded, ce
 def test_notebook(path, law):
     faults = list(law(Chapter(path.stem, path.read_text(encoding="utf-8"))))
     if faults: pytest.fail("\n".join(faults), pytrace=False)
+
+
+DESCRIBED = "One black dot in the middle of a white square."
+PICTURE = {"output_type": "execute_result", "data": {"image/png": "", "text/plain": ["1"]}, "metadata": {}, "execution_count": None}
 
 
 def sound():
@@ -207,7 +225,8 @@ def sound():
     return [text("a", "# A title\n\n> A promise."),
             text("b", f"[![Open in Colab](https://x.y/badge.svg)]({SITE}sound.ipynb) and [here](sound.ipynb#an-end)"),
             code("c", f'#| hide\nif "google.colab" in str(get_ipython()):\n    %pip install -q "flaxdiff @ git+https://github.com/flaxdiff/flaxdiff@v{version()}"'),
-            code("d", "#| default_exp utils"), code("e", "#| export\nimport os"), code("f", "x = 1\nprint(x)", printed), text("g", "## An end")]
+            code("d", "#| default_exp utils"), code("e", "#| export\nimport os"), code("f", "x = 1\nprint(x)", printed), text("g", "## An end"),
+            code("h", f'#| fig-alt: "{DESCRIBED}"\nx', PICTURE), text("i", "![a dot](sound.ipynb)")]
 
 
 def put(n, **changes):
@@ -229,6 +248,10 @@ BREAKS = [(cells_have_ids, put(3, id="a")), (cells_have_ids, lambda cells: cells
           (links_lead_somewhere, put(6, source="[gone](no_such.ipynb)")), (links_lead_somewhere, put(6, source="[there](sound.ipynb#no-such)")),
           (opens_in_colab, put(1, source=f"[x]({SITE}other.ipynb)")), (opens_in_colab, put(2, source="%pip install flaxdiff")),
           (imports_stand_alone, put(5, source="import os\nx = 1")), (names_are_defined, put(5, source="print(x)")),
+          (pictures_are_described, put(7, source="x")), (pictures_are_described, put(7, source='#| fig-alt: "A dot."\nx')),
+          (pictures_are_described, put(7, source=f'x = 1\n#| fig-alt: "{DESCRIBED}"\nx')),
+          (pictures_are_described, put(7, source=f'#| fig-alt: ["{DESCRIBED}"]\nx')),
+          (pictures_are_described, lambda cells: cells.insert(8, {**cells[7], "id": "j"})), (pictures_are_described, put(8, source="![](sound.ipynb)")),
           (ends_in_prose, lambda cells: cells.pop())]
 
 
@@ -317,6 +340,11 @@ def test_no_line_is_wider_than_a_page():
     wide = {f"{path.relative_to(ROOT)}:{n}" for path in (ROOT / "flaxdiff").rglob("*.py") if path.name != "_modidx.py"
             for n in wide_lines(path.read_text(encoding="utf-8"))}
     assert not wide, ", ".join(sorted(wide))
+
+
+def test_modules_hold_no_description_of_a_picture():
+    told = [str(path.relative_to(ROOT)) for path in MODULES if "#| fig-alt" in path.read_text(encoding="utf-8")]
+    assert not told, f"{', '.join(told)}: show the picture in a cell of its own, which is not exported"
 
 
 def test_classes_stand_in_one_piece():
@@ -425,6 +453,7 @@ def test_readme_is_for_github():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not re.findall(r"^#\|", text, re.M), "a directive of nbdev's is left in README.md"
     assert not re.findall(r"\]\([^)]*\.ipynb[^)]*\)(?<!nbs/index\.ipynb\))", text), "a link to a notebook, which leads nowhere from README.md"
+    assert not re.findall(r"!\[\s*\]\(", text), "a picture without a description in README.md"
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)\)", prose_of(text)): assert (ROOT / target).exists(), f"README.md: no {target}"
 
 
