@@ -181,7 +181,7 @@ def works(book, chapters):
     lines = []
     for work in sorted(book["work"], key=lambda w: w["cite"].lower()):
         where = [link(name, book) for name, cells in chapters.items() if re.search(work["seen"], references(cells), re.I)]
-        url = work.get("url") or ("https://arxiv.org/abs/" + work["arxiv"] if "arxiv" in work else "https://doi.org/" + work["doi"] if "doi" in work else "")
+        url = work.get("url") or ("https://arxiv.org/abs/" + work["arxiv"] if "arxiv" in work else "https://doi.org/" + work["doi"].replace("(", "%28").replace(")", "%29") if "doi" in work else "")
         label = "arXiv:" + work["arxiv"] if "arxiv" in work else "doi:" + work["doi"] if "doi" in work else re.sub(r"https?://(www\.)?", "", url).split("/")[0]
         lines.append(f"- {work['cite']}." + (f" [{label}]({url})." if url else "") + f" Cited in {listed(where)}.")
     return "\n".join(lines)
