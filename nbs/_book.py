@@ -4,6 +4,7 @@
     python nbs/_book.py check     say what does not agree, and change nothing
 """
 import json, re, sys, tomllib
+from functools import cache
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent
@@ -47,7 +48,8 @@ def formulas(
     return [a or b for a, b in MATH.findall(CODE.sub("", text))]
 
 
-def tokens(tex): return TOKEN.findall(tex)
+@cache
+def tokens(tex): return tuple(TOKEN.findall(tex))
 
 
 def group_end(parts, i):
@@ -88,7 +90,7 @@ def split(key): return [k.strip() for k in key.split(",")]
 def contains(formula, piece):
     "Whether the tokens of a formula hold those of a piece, one after another."
     long, short = tokens(formula), tokens(piece)
-    return any(long[i:i + len(short)] == short and long[i - 1:i] != ["_"] for i in range(len(long)))
+    return any(long[i:i + len(short)] == short and long[i - 1:i] != ("_",) for i in range(len(long)))
 
 
 def clashes(
@@ -153,7 +155,7 @@ def notation(book):
     for s in book["symbol"]:
         if "group" in s: lines += ["", f"## {s['group']}", "", "| | is | in code | from |", "|---|---|---|---|"]
         also = "".join(f", ${t}$" for t in s.get("like", []))
-        shape = f"; {s['shape']}" if s.get("shape") else ""
+        shape = f" ({s['shape']})" if s.get("shape") else ""
         code = f"`{s['code']}`" if s["code"] else ""
         lines.append(f"| ${s['tex']}${also} | {s['means']}{shape} | {code} | {link(s['chapter'], book)} |")
     return "\n".join(lines).strip()
