@@ -25,6 +25,7 @@ def load():
     return {**book, **tomllib.loads((NBS / "_works.toml").read_text(encoding="utf-8"))}
 
 
+@cache
 def files():
     "Each notebook by its name without the number: {'ddim': '08_ddim.ipynb'}."
     return {re.sub(r"^\d+_", "", f.stem): f.name for f in sorted(NBS.glob("[0-9]*_*.ipynb"))}
@@ -180,9 +181,9 @@ def references(cells):
 
 def works(book, chapters):
     "Every work that a chapter cites, once, by author, with the chapters that cite it."
-    lines = []
+    lines, texts = [], {name: references(cells) for name, cells in chapters.items()}
     for work in sorted(book["work"], key=lambda w: w["cite"].lower()):
-        where = [link(name, book) for name, cells in chapters.items() if re.search(work["seen"], references(cells), re.I)]
+        where = [link(name, book) for name, text in texts.items() if re.search(work["seen"], text, re.I)]
         url = work.get("url") or ("https://arxiv.org/abs/" + work["arxiv"] if "arxiv" in work else "https://doi.org/" + work["doi"].replace("(", "%28").replace(")", "%29") if "doi" in work else "")
         label = "arXiv:" + work["arxiv"] if "arxiv" in work else "doi:" + work["doi"] if "doi" in work else re.sub(r"https?://(www\.)?", "", url).split("/")[0]
         lines.append(f"- {work['cite']}." + (f" [{label}]({url})." if url else "") + f" Cited in {listed(where)}.")
