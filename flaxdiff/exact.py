@@ -41,7 +41,7 @@ def _check_rate(name, value, images=1, least=-math.inf):
                          f"got shape {np.shape(value)}")
 
 def _check_level(alpha, sigma, least_variance, dtype, images=1):
-    "A `ValueError` unless α and σ fit, and α² v + σ² is not 0 for v, the least variance of the data."
+    "A `ValueError` unless α and σ fit, and α² V + σ² is not 0 for V, the least variance of the data."
     _check_rate("alpha", alpha, images)
     _check_rate("sigma", sigma, images, 0)
     if isinstance(alpha, Tracer) or isinstance(sigma, Tracer):
@@ -65,7 +65,7 @@ def _check_pair(name, pair):
 
 # %% ../nbs/02_exact.ipynb #44e9c21c
 def _principal_axes(cov, D):
-    "(v, U) with Σ = U diag(v) Uᵀ; a `ValueError` where `cov` is no covariance of D numbers."
+    "(V, U) with Σ = U diag(V) Uᵀ; a `ValueError` where `cov` is no covariance of D numbers."
     if cov.shape not in ((D,), (D, D)):
         raise ValueError(f"cov must have shape ({D},) or ({D}, {D}) to fit mean, got {cov.shape}")
     cov = np.diag(cov) if cov.ndim == 1 else cov

@@ -67,7 +67,7 @@ class ResamplingSampler(DiffusionSampler):
         "The solver's; the coefficients of DDPM's step down, and of the way up."
         t, s = levels[i], levels[i + 1]
         log_ratio = t.log_snr - s.log_snr  # log of SNR(t)/SNR(s)
-        share = jnp.sqrt(-jnp.expm1(log_ratio))  # √g, where g σ_t² was added between s and t
+        share = jnp.sqrt(-jnp.expm1(log_ratio))  # √ζ, where ζ σ_t² was added between s and t
         down = s.alpha, s.sigma * jnp.exp(log_ratio / 2), s.sigma * share
         up = t.alpha / s.alpha, t.sigma * share
         return {"solver": self.solver.plan(levels, i, last), "down": down, "up": up}

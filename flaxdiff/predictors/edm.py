@@ -14,9 +14,9 @@ from ..utils import check_real
 
 # %% ../../nbs/16_edm.ipynb #1b4614a6
 class KarrasEDMPredictor(DiffusionPredictionTransform):
-    "F = (σ x₀/s - α s ε)/n, n = √(σ² + α² s²), s = σ_data; input x_t/n (Karras et al. 2022, table 1)."
+    "F = (σ x₀/σ_d - α σ_d ε)/n, n² = σ² + α² σ_d², σ_d = σ_data; input x_t/n (Karras et al. 2022, table 1)."
     def __init__(self,
-                 sigma_data: float = 0.5,  # s, the standard deviation of the data
+                 sigma_data: float = 0.5,  # σ_d, the standard deviation of the data
                 ):
         check_real("sigma_data", sigma_data, 0, ends="(]")
         self.sigma_data = sigma_data
@@ -26,7 +26,7 @@ class KarrasEDMPredictor(DiffusionPredictionTransform):
         return jnp.hypot(sigma, alpha * self.sigma_data)
 
     def row(self, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-        "(σ/(s n), -α s/n)."
+        "(σ/(σ_d n), -α σ_d/n)."
         n, s = self._norm(alpha, sigma), self.sigma_data
         return sigma / (s * n), -alpha * s / n
 

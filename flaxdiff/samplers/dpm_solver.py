@@ -31,11 +31,11 @@ class DEISSampler(MultistepSampler):
 # %% ../../nbs/20_dpm_solver.ipynb #47a573b5
 def renew(
     eps,  # (B, …): ε̂
-    kept,  # scalar: κ, the share of it that stays
+    kept,  # scalar: e^-ηh, the share of it that stays
     state,  # a `SamplerState`
-    s_noise=1.0,  # standard deviation of what is new, in units of what κ asks for
+    s_noise=1.0,  # standard deviation of what is new, in units of what is missing
 ):
-    "(κ ε̂ + √(1-κ²) z, the state): part of the noise replaced by fresh noise, as an SDE does."
+    "(kept ε̂ + √(1-kept²) z, the state): part of the noise replaced by fresh noise, as an SDE does."
     state, key = state.get_random_key()
     z = jax.random.normal(key, eps.shape, eps.dtype)
     return kept * eps + s_noise * jnp.sqrt(jnp.maximum(1 - kept ** 2, 0)) * z, state
@@ -59,7 +59,7 @@ class SingleStepSampler(DiffusionSampler):
         self.s_noise = float(check_real("s_noise", s_noise, 0))
 
     def plan(self, levels, i, last) -> Any:
-        "For each look and the end: its `Level`, the weight of the look before, the share κ of ε̂ kept."
+        "For each look and the end: its `Level`, the weight of the look before, the share of ε̂ kept."
         lam = self.frame.position(levels.alpha, levels.sigma)
         start, h = lam[i], lam[i + 1] - lam[i]
         ends = [start + share * h for share in (*self.looks[self.order], 1)]
@@ -133,7 +133,7 @@ class DPMSolverPlusPlusSampler(MultistepSampler):
         return super().init_memory(x) if self.multistep else ()
 
     def plan(self, levels, i, last):
-        "The weights of the past x̂₀ and κ = e^-η(λ_s - λ_t), the share of ε̂ kept; or a single step's plan."
+        "The weights of the past x̂₀ and e^-η(λ_s - λ_t), the share of ε̂ kept; or a single step's plan."
         if not self.multistep:
             return self.single.plan(levels, i, last)
         lam = self.frame.position(levels.alpha, levels.sigma)

@@ -155,7 +155,7 @@ class NoiseScheduler(KeepsArguments):
                         t: ArrayLike,  # scalar or (B,): the later time
                         s: ArrayLike,  # scalar or (B,): the earlier time, s ≤ t
                        ) -> jax.Array:
-        "g = 1 - SNR(t)/SNR(s): the share of σ²(t) that was added between s and t."
+        "ζ = 1 - SNR(t)/SNR(s): the share of σ²(t) that was added between s and t."
         if np.ndim(t) and np.ndim(s) and np.shape(t) != np.shape(s):
             raise ValueError(f"s must be one number or of the shape of t, {np.shape(t)}, got {np.shape(s)}")
         traced = isinstance(t, Tracer) or isinstance(s, Tracer)
@@ -171,10 +171,10 @@ class NoiseScheduler(KeepsArguments):
                           ) -> jax.Array:
         "E[x_s | x_t, x₀] (Ho et al. 2020, eq. 7; for any pair of times Kingma et al. 2021, appendix A)."
         x0, x_t = check_batch({"t": t, "s": s}, x0=x0, x_t=x_t)
-        g = per_image(self.new_noise_share(t, s), x_t)
+        zeta = per_image(self.new_noise_share(t, s), x_t)
         alpha_s, sigma_s, sigma_t = (per_image(v, x_t) for v in (self.alpha(s), self.sigma(s), self.sigma(t)))
         # α_t σ_s² / (α_s σ_t²) = (σ_s / σ_t) √(SNR_t / SNR_s): no division by an α that may be 0
-        return alpha_s * g * x0 + (sigma_s / sigma_t) * jnp.sqrt(1 - g) * x_t
+        return alpha_s * zeta * x0 + (sigma_s / sigma_t) * jnp.sqrt(1 - zeta) * x_t
 
     def get_posterior_variance(self,
                                t: ArrayLike,  # scalar or (B,): the later time

@@ -63,7 +63,7 @@ def diffusion_loss(
 def edm_weight(
     sigma_data: float = 0.5,  # s, the standard deviation of the data
 ) -> Weight:
-    "The x₀ weight (σ² + α² s²)/(σ s)², Karras' λ(σ) (2022, table 1), for any α."
+    "The x₀ weight (σ² + α² σ_d²)/(σ σ_d)², Karras' λ(σ) (2022, table 1), for any α."
     s = check_real("sigma_data", sigma_data, 0, ends="(]")
     def weight(alpha, sigma):
         return (sigma ** 2 + (alpha * s) ** 2) / (sigma * s) ** 2
