@@ -18,7 +18,7 @@ class DDPMSampler(DiffusionSampler):
     variances = {"posterior": 0.0, "beta": 1.0, "learned": None}  # f
 
     def __init__(self, *args,
-                 variance="posterior",  # "posterior" (β̃ = σ_s² g), "beta" (β = σ_t² g), or "learned"
+                 variance="posterior",  # "posterior" (β̃ = σ_s² ζ), "beta" (β = σ_t² ζ), or "learned"
                  **kwargs):
         super().__init__(*args, **kwargs)
         self.variance = check_choice("variance", variance, tuple(self.variances))
@@ -27,12 +27,12 @@ class DDPMSampler(DiffusionSampler):
         "For a pair: the posterior mean's weights of x̂₀ and x_t, √β̃, and √(β/β̃) = σ_t/σ_s."
         t, s = levels[i], levels[i + 1]
         log_ratio = t.log_snr - s.log_snr
-        g = -jnp.expm1(log_ratio)
+        zeta = -jnp.expm1(log_ratio)
         widen = t.sigma / s.sigma
-        return s.alpha * g, jnp.exp(log_ratio / 2) / widen, s.sigma * jnp.sqrt(g), widen
+        return s.alpha * zeta, jnp.exp(log_ratio / 2) / widen, s.sigma * jnp.sqrt(zeta), widen
 
     def step(self, x, x0, eps, t, s, state):
-        "x_s = α_s g x̂₀ + (σ_s/σ_t) √(1-g) x_t + √Σ z, with Σ = β̃ (β/β̃)^f."
+        "x_s = α_s ζ x̂₀ + (σ_s/σ_t) √(1-zeta) x_t + √Σ z, with Σ = β̃ (β/β̃)^f."
         x0_weight, x_weight, std, widen = state.plan
         f = self.variances[self.variance]  # 0 for β̃, 1 for β
         if self.variance == "learned":
