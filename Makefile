@@ -2,7 +2,7 @@
 # make test    every test but the slow ones
 # make slow    the slow ones: every chapter executed, the site in a browser, every solver at every N
 # make parity  samplers, networks and pipelines beside diffusers and k-diffusion, text encoders beside transformers; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
-# make bench   how fast: sampling, data, training
+# make bench   how fast: sampling, data, training, and all that beside diffusers, k-diffusion and the flaxdiff of PyPI; installs PyTorch, as parity does
 # make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
 # make prepare before a commit: clean, export, run every chapter, README, test
 # Each sets up what it needs in .venv; Python 3.11 or later, git and make are all it asks for.
@@ -59,10 +59,14 @@ prepare: .venv/installed-dev
 	$(BIN)/python nbs/_docs.py readme
 	$(MAKE) test
 
-bench: .venv/installed-dev
+.venv/others/flaxdiff: .venv/installed-dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/others flaxdiff clu ml-collections
+
+bench: .venv/installed-parity .venv/others/flaxdiff
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/train.py --parts
+	$(BIN)/python benchmarks/side_by_side.py
 
 clean:
 	rm -rf _docs _proc runs demo.png dist build *.egg-info

@@ -8,8 +8,10 @@ same number of network calls, or one less where theirs come in pairs; the best o
 """
 import argparse
 import functools
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp

@@ -80,7 +80,7 @@ def part(wrap):
     return lambda: jax.block_until_ready(call(params, jax.random.PRNGKey(0)))
 
 
-def torch_unet(p, x, temb):
+def torch_unet(p, x, temb, depths=DEPTHS):
     "`SimpleUNet`, function by function; p: its parameters as nested dicts of tensors, x: (B, C, H, W)."
     import torch
     import torch.nn.functional as T
@@ -109,12 +109,12 @@ def torch_unet(p, x, temb):
     emb = torch.cat([torch.cos(temb[:, None] * w), torch.sin(temb[:, None] * w)], -1)
     for q in p["TimeEmbedding_0"].values(): emb = T.silu(dense(q, emb))
     h, skips = conv(next_of("Conv"), x), []
-    for i in range(len(DEPTHS)):
+    for i in range(len(depths)):
         if i: h = conv(next_of("Downsample")["Conv_0"], T.pad(h, (0, 1, 0, 1)), stride=2, padding=0)
         h = block(h) if i < 2 else look(block(h))
         skips.append(h)
     h = block(look(block(h)))
-    for i in reversed(range(len(DEPTHS))):
+    for i in reversed(range(len(depths))):
         h = block(torch.cat([h, skips.pop()], 1))
         if i == 2: h = look(h)
         if i: h = conv(next_of("Upsample")["Conv_0"], T.interpolate(h, scale_factor=2))
