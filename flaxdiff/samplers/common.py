@@ -428,6 +428,7 @@ class DiffusionSampler(Solver):
         times, last = jnp.asarray(pad_times(steps)), jnp.int32(len(steps) - 2)
         arrays = self.denoiser, x, times, last, key, as_conditions(conditioning, len(x))
         traced = any(isinstance(v, Tracer) for v in jax.tree.leaves(arrays))
+        progress = check_flag("progress", progress)
         run = partial(self.programs, *arrays, denoise_final=denoise_final, differentiable=traced)
         return run_with_bar(self, run, len(steps) - 1, traced) if progress else run(progress=False)
 
@@ -451,7 +452,6 @@ class DiffusionSampler(Solver):
               ):
         "The noise at steps[0] that leads to x. `ValueError` if the solver draws noise, or α(steps[0]) = 0."
         x = check_floats("x", x)
-        check_flag("progress", progress)
         steps = self.check_steps(steps)
         if self.noise_schedule.alpha(steps[0]) == 0:
             raise ValueError(f"steps must start where α > 0, got {steps[0]:g}: "
@@ -479,7 +479,6 @@ class DiffusionSampler(Solver):
         "New images, (B, H, W, C) in [-1, 1]; image i depends on `rng` and i alone."
         steps = self.make_steps(diffusion_steps, start_step, end_step, grid)
         noise_key, key = jax.random.split(as_key(rng))
-        check_flag("progress", progress)
         if priors is None:
             batch = check_positive_int("num_images", num_images)
             shape = batch, *image_shape(self.model, image_size, channels)

@@ -44,7 +44,7 @@ class DDPMSampler(DiffusionSampler):
     def learned_share(self,
                       state,  # a `SamplerState` with the second half of the channels, (B, …)
                      ):
-        "f = (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15)."
+        "r = (o + 1)/2, o the second half of channels (Nichol & Dhariwal 2021, eq. 15)."
         if state.second_half is None:
             raise ValueError("variance='learned' needs a network with twice the channels of x, "
                              "got one without; use 'posterior' or 'beta'")
