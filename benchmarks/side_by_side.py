@@ -353,7 +353,7 @@ def errors(ask, names, args):
     for calls in budgets:
         for name in names: found.setdefault(calls, {}).update(ask(name, "measure", x=start["x"], end=start["end"], calls=calls))
     best = {calls: min(v for v in found[calls].values() if np.isfinite(v)) for calls in budgets}
-    mark = lambda v, calls: f"**{v:.1e}**" if v == best[calls] else f"{v:.1e}"
+    mark = lambda v, calls: f"**{v:.1e}**" if f"{v:.1e}" == f"{best[calls]:.1e}" else f"{v:.1e}"
     rows = [[solver] + [mark(found[calls][solver], calls) for calls in budgets] for solver in found[budgets[0]]]
     return {"title": "Error against network calls", "columns": ["solver", *(f"{calls} calls" for calls in budgets)], "rows": rows,
             "caption": f"Root mean square of what {n} samples in 64 dimensions are off from the end of the exact ODE ({start['how']}), on a mixture of round Gaussians, from σ = 80 down the same levels of ρ = 7; "
