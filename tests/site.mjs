@@ -91,7 +91,7 @@ function openFolds() {
 function typography() {
   const main = document.querySelector("main") ?? document.body;
   const seen = (e) => e.getClientRects().length > 0;
-  const paragraph = [...main.querySelectorAll("p")].filter((p) => seen(p) && p.innerText.length > 200).sort((a, b) => b.clientWidth - a.clientWidth)[0];
+  const paragraph = [...main.querySelectorAll("p")].filter((p) => seen(p) && p.innerText.length > 200 && !p.querySelector(".math.display, .katex-display")).sort((a, b) => b.clientWidth - a.clientWidth)[0];
   const kinds = { prose: "main p", heading: "main h1", second: "main h2", code: "main pre" };
   const faces = Object.fromEntries(Object.entries(kinds).map(([kind, selector]) => {
     const e = document.querySelector(selector);
