@@ -2,12 +2,14 @@
 
     python nbs/_docs.py build     every notebook, processed by nbdev, then rendered into _docs
     python nbs/_docs.py readme    index.ipynb into README.md, its figures into nbs/images
+    python nbs/_docs.py stills    a picture of each interactive figure, by Chromium, into its cell as an attachment
 
 Quarto renders the site where it is installed; elsewhere smalldocs does, from the same `_quarto.yml`. nbdev's own
 commands are not used: where Quarto is missing they try to install it.
 """
-import argparse, base64, json, os, re, shutil, subprocess, sys, traceback
+import argparse, base64, functools, html, json, os, re, shutil, struct, subprocess, sys, tempfile, threading, traceback
 from concurrent.futures import ProcessPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+:?)[ \t]*(.*)\n?", re.M)
+FIGURE = re.compile(r'<div class="play" data-play="(\w+)">')
 LINK = re.compile(r"\]\((?!\w+:|#|/)([^)#\s]+)\.ipynb(#[^)\s]*)?\)")
 
 
@@ -74,6 +77,34 @@ def relink(
         f.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
 
 
+def fold_solutions(
+    cells,  # of a notebook, with their sources as strings
+):
+    "The cells, the code that follows a closed `Solution` moved into it, and the source of exports folded."
+    cells, folded = list(cells), []
+    while cells:
+        cell = cells.pop(0)
+        folded.append(cell)
+        if cell["cell_type"] == "code": cell["source"] = cell["source"].replace("#| code-fold: show", "#| code-fold: true", 1)
+        inside, end, _ = cell["source"].rstrip().rpartition("</details>")
+        if cell["cell_type"] != "markdown" or not end or _.strip(): continue
+        if not re.search(r"<details>\s*<summary>\s*Solution\b(?!.*<details>)", inside, re.S): continue
+        if not cells or cells[0]["cell_type"] != "code": continue
+        cell["source"] = inside.rstrip()
+        while cells and cells[0]["cell_type"] == "code": folded.append(cells.pop(0))
+        folded.append({"cell_type": "markdown", "id": f"end-{cell.get('id', len(folded))}", "metadata": {}, "source": "</details>"})
+    return folded
+
+
+def fold():
+    "`fold_solutions` of every notebook in `_proc`."
+    for f in PROC.glob("*.ipynb"):
+        nb = json.loads(f.read_text(encoding="utf-8"))
+        for cell in nb["cells"]: cell["source"] = "".join(cell["source"])
+        nb["cells"] = fold_solutions(nb["cells"])
+        f.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
+
+
 def rename_pages(
     site,  # the folder that smalldocs wrote
 ):
@@ -90,6 +121,7 @@ def render():
     "Render `_proc` with Quarto, or with smalldocs; returns the folder."
     quarto = shutil.which("quarto")
     relink(quarto)
+    fold()
     command = [quarto, "render", "."] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", "."]
     done = subprocess.run(command, cwd=PROC, text=True, stderr=subprocess.PIPE, errors="replace")
     # smalldocs says which of Quarto's options it does not know; those are meant for Quarto
@@ -100,6 +132,60 @@ def render():
     return PROC / DOCS.name, [line for line in said if re.match(r"\W*warning", line, re.I)]
 
 
+# What no renderer does, done to its pages
+
+SIDEBAR = """<script>
+const shelf = document.querySelector("#quarto-sidebar"), here = shelf?.querySelector(".active");
+if (here) shelf.scrollTop += here.getBoundingClientRect().top - shelf.getBoundingClientRect().top - shelf.clientHeight / 3;
+</script>"""
+
+
+def image_width(
+    src,  # of an <img>: a data URI, or a path
+    site,  # the folder of the pages
+):
+    "A PNG's width in pixels; None for what is no PNG of this site."
+    try: head = base64.b64decode(src.split(",", 1)[1][:64]) if src.startswith("data:image/png") else (site / src).read_bytes()[:24]
+    except (OSError, ValueError): return None
+    return struct.unpack(">I", head[16:20])[0] if head[1:4] == b"PNG" else None
+
+
+def finish_page(
+    text,  # a page
+    site,  # the folder of the pages
+):
+    "The page with tables that scroll by themselves, pictures that tell their width, contents for phones, and scripts."
+    def picture(m):
+        src = re.search(r'\bsrc="([^"]*)"', m[0])
+        width = image_width(html.unescape(src[1]), site) if src and not re.search(r"--width|\bstyle=", m[0]) else None
+        return m[0] if width is None else f'<img style="--width: {width}px"{m[0][4:]}'
+    text = re.sub(r"<img\b[^>]*>", picture, text)
+    text = re.sub(r"<table\b.*?</table>", lambda m: f'<div class="table-scroll" tabindex="0" role="region" aria-label="Table">{m[0]}</div>', text, flags=re.S)
+    contents = re.search(r'<nav id="TOC".*?</nav>', text, re.S)
+    if lists := contents and re.search(r"<ul.*</ul>", contents[0], re.S):
+        plain = re.sub(r'\s(?:id|class|data-[\w-]+)="[^"]*"', "", lists[0])
+        fold = f'<details class="toc-phone"><summary>On this page</summary>{plain}</details>'
+        text = re.sub(r"(<main\b[^>]*>(?:\s*<header\b.*?</header>)?)", lambda m: m[0] + fold, text, count=1, flags=re.S)
+    scripts = SIDEBAR + ('<script type="module" src="figures/play.mjs"></script>' if FIGURE.search(text) else "")
+    return text.replace("</body>", scripts + "</body>")
+
+
+def add_search_words(
+    site,  # the folder of the pages
+):
+    "Into the index of the search box: what people type, from `nbs/search.json`, {page: [words]}."
+    index = site / "search.json"
+    if not index.exists(): return
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    titles = {entry["href"].split("#")[0]: entry["title"] for entry in entries}
+    words = json.loads((NBS / "search.json").read_text(encoding="utf-8"))
+    for page, names in words.items():
+        if page.split("#")[0] not in titles: raise DocsError(f"nbs/search.json names {page}, which is no page")
+        for n, name in enumerate(names):
+            entries.append({"objectID": f"{page}?word={n}", "href": page, "title": name, "section": titles[page.split("#")[0]], "text": name})
+    index.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+
 def build():
     "Build the site into `_docs`; a warning, such as a broken link, makes the build fail after it has been written."
     if not (NBS / "index.ipynb").exists(): raise DocsError("nbs/index.ipynb is missing: the site has no first page")
@@ -108,6 +194,9 @@ def build():
         except ImportError: raise DocsError("neither Quarto nor smalldocs is installed: pip install smalldocs, or see quarto.org") from None
     process()
     site, warnings = render()
+    shutil.copytree(NBS / "figures", site / "figures", dirs_exist_ok=True)
+    for page in site.glob("*.html"): page.write_text(finish_page(page.read_text(encoding="utf-8"), site), encoding="utf-8")
+    add_search_words(site)
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(site, DOCS)
     print(f"{len(list(DOCS.glob('*.html')))} pages in {DOCS}")
@@ -167,16 +256,74 @@ def make_readme(
     return text, pictures
 
 
+# ---------------------------------------------------------------- still pictures of the interactive figures
+
+class Quiet(SimpleHTTPRequestHandler):
+    "A server that does not log."
+    def log_message(self, *args): pass
+
+
+def still(
+    name,  # of an interactive figure
+    base,  # where nbs/ is served
+    folder,  # for the browser's own files
+):
+    "Its picture, as Chromium draws it on a page of its own: PNG, 256 colours."
+    from PIL import Image, ImageChops
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None: raise DocsError("Chromium is not installed: it draws the pictures")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=720,1100", f"--user-data-dir={folder}/chromium",
+               "--virtual-time-budget=8000", f"--screenshot={folder}/{name}.png", f"{base}/_still.html?{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    path = Path(folder, f"{name}.png")
+    if not path.exists(): raise DocsError(f"{' '.join(command)} drew nothing:\n{done.stderr[-2000:]}")
+    image = Image.open(path).convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    low = ImageChops.difference(image, white).getbbox()[3]
+    image.crop((0, 0, image.width, min(image.height, low + 12))).quantize(64).save(path, optimize=True)
+    return path.read_bytes()
+
+
+STILL = """<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="styles.css">
+<style>:root { --bs-body-color: #212529; --bs-body-bg: #fff } body { margin: 12px; width: 696px; background: #fff; color: #212529 } .play { border: 0; margin: 0 }</style>
+<script>const name = location.search.slice(1); document.write(`<div class="play" data-play="${name}"></div>`)</script>
+<script type="module" src="figures/play.mjs"></script>"""
+
+
+def stills():
+    "Every interactive figure, drawn and attached to its cell."
+    import nbformat
+    with tempfile.TemporaryDirectory() as folder:
+        served = Path(folder, "nbs")
+        served.mkdir()
+        shutil.copytree(NBS / "figures", served / "figures")
+        shutil.copy2(NBS / "styles.css", served)
+        (served / "_still.html").write_text(STILL, encoding="utf-8")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=served))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path in sorted(NBS.glob("[!_.]*.ipynb")):
+            if not FIGURE.search(path.read_text(encoding="utf-8").replace('\\"', '"')): continue
+            nb = nbformat.read(path, as_version=4)
+            for cell in nb.cells:
+                found = FIGURE.search(cell.source) if cell.cell_type == "markdown" else None
+                if not found: continue
+                data = still(found[1], f"http://127.0.0.1:{server.server_port}", folder)
+                cell["attachments"] = {f"{found[1]}.png": {"image/png": base64.b64encode(data).decode()}}
+                print(f"{path.name}: {found[1]}, {len(data):,} bytes")
+            nbformat.write(nb, path)
+        server.shutdown()
+
+
 def main():
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["build", "readme"])
+    parser.add_argument("command", choices=["build", "readme", "stills"])
     command = parser.parse_args().command
     os.chdir(ROOT)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # document this very tree
     sys.path.insert(0, str(ROOT))
-    try: build() if command == "build" else make_readme()
+    try: {"build": build, "readme": make_readme, "stills": stills}[command]()
     except DocsError as e: sys.exit(f"nbs/_docs.py {command}: {e}")
 
 

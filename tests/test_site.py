@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from pathlib import Path
 
 import pytest
+from test_figures import check_numbers
 from test_repo import NOTEBOOKS, ROOT, Chapter, directives, load_script, prose_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
@@ -16,7 +17,12 @@ PAGE = load_script().page_name
 BROKEN = """<p>$$x = \\tag{1}$$ and **bold**, [a link](there.html) and `code`</p><p>\\(\\frac{1}\\)</p><img src="missing.png">
 <p><a href="no_such_page.html">gone</a> <a href="index.html#no-such-heading">gone too</a></p>
 <div class="sourceCode"><pre class="sourceCode"><code class="sourceCode">#| export
-x = 1</code></pre></div><p style="color: #eee; background: #fff">pale</p><div style="width: 3000px">wide</div>"""
+x = 1</code></pre></div><p style="color: #eee; background: #fff">pale</p><div style="width: 3000px">wide</div>
+<details open><summary>Solution</summary></details><div class="cell">x</div><p style="max-width: none">{LONG}</p><table style="width: 4000px"><td>1</td></table>
+<div class="sourceCode"><pre style="overflow: auto; white-space: pre !important">{LONG}</pre></div><script>console.warn("LaTeX-incompatible input")</script><script>document.querySelectorAll("link[rel~=icon], meta[property='og:image'], .toc-phone").forEach((e) => e.remove())</script>
+<span class="katex-html" style="position: relative"><span class="base">aaaa</span><span class="tag" style="position: absolute; left: 0">(1)</span></span>""".replace("{LONG}", "of the noise that is added " * 40)
+WORDS = {"DPM++ 2M": "dpm_solver.html", "alpha_bar": "betas.html", "ancestral": "ddim.html", "min-SNR": "loss.html", "inpaint": "inpainting.html", "img2img": "editing.html"}
+MAX_PAGE = 1_500_000  # bytes: a page, its pictures and its own scripts
 
 
 def packages(folder, katex):
@@ -55,11 +61,12 @@ def report(tmp_path_factory, pytestconfig):
     shots = os.environ.get("FLAXDIFF_SHOTS")
     if shots: Path(shots).mkdir(parents=True, exist_ok=True)
     job = {"base": f"http://127.0.0.1:{server.server_port}/", "pages": sorted(f.name for f in site.glob("*.html")), "modules": str(modules),
+           "words": list(WORDS), "numbers": re.search(r"export (async function numbers.*?^})", (ROOT / "tests" / "figures.mjs").read_text(encoding="utf-8"), re.M | re.S)[1],
            "chromium": CHROMIUM, "shots": shots and str(Path(shots).resolve())}
     try: done = subprocess.run(["node", ROOT / "tests" / "site.mjs", json.dumps(job)], capture_output=True, text=True, timeout=900)
     finally: server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"base": job["base"], "pages": json.loads(done.stdout)}
+    return {"base": job["base"], **json.loads(done.stdout)}
 
 
 def shown_cells(chapter):
@@ -92,8 +99,30 @@ def faults_of_any_page(page, base, pages):
     for scheme, kinds in page["contrast"].items():
         for kind, ratio in kinds.items():
             if ratio < 3: yield f"{kind} is hard to read in the {scheme} theme: a contrast of {ratio:.1f}"
+    yield from faults_of_form(page)
     for where in ("tooWide", "tooWideOnPhone"):
         if page[where]: yield f"wider than the window ({where}): {'; '.join(page[where])}"
+
+
+def faults_of_form(page):
+    "What is set so that it cannot be read well."
+    if page["noAlt"]: yield f"{page['noAlt']} images without alt"
+    if not page["icon"]: yield "no favicon"
+    if not page["shared"]: yield "no og:image"
+    for fold in sorted(set(page["openFolds"])): yield f"not folded: {fold}"
+    for message in sorted(set(page["warnings"])): yield f"a warning: {message[:160]}"
+    if page["bytes"] > MAX_PAGE: yield f"{page['bytes']:,} bytes"
+    if page["letters"] > 80: yield f"{page['letters']:.0f} characters a line"
+    if page["faces"]["light"] != page["faces"]["dark"]: yield f"light and dark are two sites: {page['faces']}"
+    if page["dimmed"]["dark"] is False: yield "figures glare in the dark"
+    if not page["here"]: yield "the sidebar does not show the current page"
+    if page["contents"] and not page["phoneContents"]: yield "no contents on a phone"
+    if page["desktop"]["cut"]: yield f"code is cut at the right: {'; '.join(page['desktop']['cut'][:3])}"
+    for where in ("desktop", "phone"):
+        seen = page[where]
+        if seen["overprinted"]: yield f"numbers are printed over equations ({where}): {' '.join(seen['overprinted'])}"
+        if seen["sideways"]: yield f"the page scrolls sideways ({where}) by {seen['sideways']} pixels"
+        if seen["barrenTables"]: yield f"{seen['barrenTables']} tables do not scroll ({where})"
 
 
 def faults_of_chapter(page, chapter):
@@ -140,7 +169,25 @@ def test_every_page_is_a_chapter(report):
 def test_a_broken_page_is_seen(report):
     faults = "\n".join(faults_of_any_page(report["pages"]["broken.html"], report["base"], report["pages"]))
     for word in ("(bold)", "(link)", "(mathematics)", "(code)", "KaTeX cannot set", "missing.png", "code shows '#| export'", "a request fails: 404", "the sidebar lacks",
-                 "no_such_page.html", "index.html#no-such-heading", "prose is hard to read", "wider than the window"):
+                 "images without alt", "no favicon", "no og:image", "open from the start", "stands open below", "LaTeX-incompatible", "characters a line", "no contents on a phone",
+                 "code is cut", "numbers are printed over", "tables do not scroll", "no_such_page.html", "index.html#no-such-heading", "prose is hard to read", "wider than the window"):
         assert word in faults, f"{word} went unseen among\n{faults}"
     other = next(p for p in NOTEBOOKS if p.stem != "index")
     assert list(faults_of_chapter(report["pages"]["broken.html"], Chapter(other.stem, other.read_text(encoding="utf-8"))))
+
+
+def test_search_finds_what_people_type(report):
+    for word, page in WORDS.items():
+        found = [href.split("#")[0].split("/")[-1] for href in report["searches"][word]]
+        assert page in found[:3], f"{word!r} finds {found}"
+
+
+def test_interactive_figures(report):
+    seen = report["figures"]["pages"]
+    assert len(seen) >= 5, f"figures on {sorted(seen)}"
+    faults = [f"{page}: {fault}" for page, figure in seen.items() for fault in figure["faults"]]
+    if faults: pytest.fail("\n".join(faults), pytrace=False)
+
+
+def test_figures_compute_in_the_browser_what_the_library_does(report, monkeypatch):
+    check_numbers(report["figures"]["numbers"], monkeypatch)
