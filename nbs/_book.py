@@ -27,7 +27,7 @@ def load():
 
 @cache
 def files():
-    "Each notebook by its name without the number: {'ddim': '08_ddim.ipynb'}."
+    "Each notebook by its name without the number: {'ddim': '10_ddim.ipynb'}."
     return {re.sub(r"^\d+_", "", f.stem): f.name for f in sorted(NBS.glob("[0-9]*_*.ipynb"))}
 
 

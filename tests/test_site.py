@@ -52,7 +52,7 @@ def report(tmp_path_factory, pytestconfig):
     done = subprocess.run([sys.executable, root / "nbs" / "_docs.py", "build"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     site = root / "_docs"
-    text = (site / PAGE("01_forward")).read_text(encoding="utf-8")
+    text = (site / PAGE("02_forward")).read_text(encoding="utf-8")
     (site / "broken.html").write_text(re.sub(r'id="quarto-sidebar"|sidebar-navigation', "", text).replace("</main>", BROKEN + "</main>"), encoding="utf-8")
     asked = re.search(r"katex@([\d.]+)", "".join(f.read_text(encoding="utf-8") for f in site.glob("*.html")))
     modules = packages(Path(pytestconfig.cache.mkdir("site")), asked[1] if asked else "latest")
