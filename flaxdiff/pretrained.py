@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'PACKAGES', 'WRAPPERS', 'FORMAT', 'VERSION', 'SAMPLERS', 'SizedNetwork', 'SHIPPED', 'write_tensors',
            'read_tensors', 'flatten', 'nest', 'halve', 'arguments_of', 'to_json', 'from_json', 'find_class', 'rebuild',
-           'is_same', 'describe', 'local_folder', 'new_folder', 'whole_folder', 'write_card', 'unwrapped',
+           'is_same', 'describe', 'local_folder', 'new_folder', 'whole_folder', 'usual_way', 'write_card', 'unwrapped',
            'check_names', 'check_texts', 'check_parts', 'save_model', 'null_tensors', 'split_null', 'file_sha256',
            'write_text', 'PretrainedModel', 'shipped_models', 'find_model', 'read_description', 'make_parts',
            'read_weights', 'load_params', 'load_model']
@@ -268,6 +268,20 @@ def whole_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/66_pretrained.ipynb #b816ffa4
+def usual_way(
+    model: Any,  # the network, or None: not known
+    noise_schedule: NoiseScheduler | None,  # the process, or None
+    predictor: DiffusionPredictionTransform | None,  # what the output means, or None
+) -> tuple[str, int]:
+    "(one of `SAMPLERS`, how many levels) that suit such a model."
+    if model is not None and takes_end(model):
+        return "flow-map", 4
+    if isinstance(predictor, EpsilonPredictor) and noise_schedule is not None:
+        alpha, sigma = noise_schedule.get_rates(noise_schedule.max_timesteps, ())
+        if alpha < 1e-3 * sigma:  # x̂₀ is ε̂'s error a thousandfold: who leaps does not recover, small steps do
+            return "ddpm", 1000
+    return "heun", 18
+
 def write_card(
     name: str,  # of the folder
     config: Mapping[str, Any],  # what config.json says
@@ -283,8 +297,8 @@ def write_card(
              "parameters": f"{config['parameters']:,}, {size / 1e6:.2f} MB in model.safetensors"}
     rows = {**facts, **{key: text for key, text in card.items() if key != "what"}}
     lines = [f"- **{key}**: {' '.join(str(text).split())}" for key, text in rows.items()]
-    network = config["model"] or {"class": ""}
-    solver, steps = ("flow-map", 4) if network["class"] in WRAPPERS else ("heun", 18)
+    known = {name: rebuild(name, config[name]) for name in PACKAGES if config[name] is not None}
+    solver, steps = usual_way(known.get("model"), known.get("noise_schedule"), known.get("model_output_transform"))
     load = ["```python", "from flaxdiff.pretrained import load_model", "",
             f'model = load_model("{name}")  # the path of this folder',
             f'sampler = model.sampler("{solver}")',
@@ -349,7 +363,7 @@ def check_parts(
     if any(name not in null for name in conditions):
         return  # nobody knows their shapes
     x, t = jax.ShapeDtypeStruct((1, *shape), jnp.float32), float(parts["noise_schedule"].max_timesteps)
-    nothing = {name: null[name][None] for name in conditions}
+    nothing = {name: np.asarray(null[name])[None] for name in conditions}
     try:
         jax.eval_shape(lambda denoiser, x: denoiser(x, t, nothing), denoiser, x)
     except Exception as e:
@@ -466,13 +480,18 @@ class PretrainedModel:
         "Whether the network is told where to jump, and so draws in a few calls."
         return takes_end(self.model)
 
+    @property
+    def usual_way(self) -> tuple[str, int]:
+        "(one of `SAMPLERS`, how many levels) that suit this model."
+        return usual_way(self.model, self.noise_schedule, self.model_output_transform)
+
     def sampler(self,
-                name: str | None = None,  # one of `SAMPLERS`; by default heun, or flow-map for a flow map
+                name: str | None = None,  # one of `SAMPLERS`; by default that of `usual_way`
                 **options: Any,  # of that solver
                ) -> Any:
         "The sampler called `name`, ready to `generate_images`."
         if name is None:
-            name = "flow-map" if self.is_flow_map else "heun"
+            name, _ = self.usual_way
         solver = SAMPLERS[check_choice("sampler", name, SAMPLERS)]
         parts = self.model, self.params, self.noise_schedule, self.model_output_transform
         return self.decoding(solver(*parts, **options))

@@ -200,9 +200,9 @@ def sample_parser():
     add("--checkpoint", type=checkpoint_step, metavar="N",
         help="of a run: the number of a step, or best (default: the last)")
     add("--sampler", metavar="NAME",
-        help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: heun; flow-map for a distilled model)")
+        help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: what suits the model, mostly heun)")
     add("--steps", type=int, metavar="N",
-        help="noise levels, or jumps (default: 18; 4 for a distilled model)")
+        help="noise levels, or jumps (default: what suits the model, mostly 18)")
     add("--num", type=int, default=64, metavar="N", help="how many images (default: 64)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the noise; image i depends on it and on i alone (default: 0)")
@@ -279,16 +279,17 @@ def sample_run(
     known = None if args.sampler is None else find_sampler(args.sampler)
     model = open_model(args.run, args.checkpoint)
     check_latents(model, args)
-    name, implied, implied_grid = known or find_sampler("flow-map" if model.is_flow_map else "heun")
+    usual, levels = model.usual_way
+    name, implied, implied_grid = known or find_sampler(usual)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     options = choose_options(name, given, implied)
-    args.steps = args.steps or (4 if name == "flow-map" else 18)
+    args.steps = args.steps or (levels if name == usual else 18)
     network = getattr(model.model.module, "network", model.model.module)
     features = getattr(network, "feature_depths", (64,))[0]  # of a network that does not say
     check_memory("--num", args.num, model.image_shape, features)
     asked = args.label is not None or args.prompt is not None
-    usual = 2.0 if asked and not model.is_flow_map else 1.0  # a guided jump is not the jump of a guided path
-    guidance = usual if args.guidance is None else args.guidance
+    strength = 2.0 if asked and not model.is_flow_map else 1.0  # a guided jump is not the jump of a guided path
+    guidance = strength if args.guidance is None else args.guidance
     condition = make_condition(model, args.num, args.label, args.prompt)
     sampler = model.decoding(SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options))
     grid = choose_grid(args, name, implied_grid, model.noise_schedule)
