@@ -63,7 +63,7 @@ def report(tmp_path_factory, pytestconfig):
     job = {"base": f"http://127.0.0.1:{server.server_port}/", "pages": sorted(f.name for f in site.glob("*.html")), "modules": str(modules),
            "words": list(WORDS), "numbers": re.search(r"export (async function numbers.*?^})", (ROOT / "tests" / "figures.mjs").read_text(encoding="utf-8"), re.M | re.S)[1],
            "chromium": CHROMIUM, "shots": shots and str(Path(shots).resolve())}
-    try: done = subprocess.run(["node", ROOT / "tests" / "site.mjs", json.dumps(job)], capture_output=True, text=True, timeout=900)
+    try: done = subprocess.run(["node", ROOT / "tests" / "site.mjs", json.dumps(job)], capture_output=True, text=True, timeout=1800)
     finally: server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
     return {"base": job["base"], **json.loads(done.stdout)}
