@@ -278,10 +278,11 @@ def usual_way(
         return "flow-map", 4
     if isinstance(predictor, EpsilonPredictor) and noise_schedule is not None:
         alpha, sigma = noise_schedule.get_rates(noise_schedule.max_timesteps, ())
-        if alpha < 1e-3 * sigma:  # x̂₀ is ε̂'s error a thousandfold: who leaps does not recover, small steps do
+        if alpha < 1e-3 * sigma:  # x̂₀ has ε̂'s error a thousandfold: small steps recover, leaps do not
             return "ddpm", 1000
     return "heun", 18
 
+# %% ../nbs/66_pretrained.ipynb #957afec6
 def write_card(
     name: str,  # of the folder
     config: Mapping[str, Any],  # what config.json says
@@ -298,7 +299,8 @@ def write_card(
     rows = {**facts, **{key: text for key, text in card.items() if key != "what"}}
     lines = [f"- **{key}**: {' '.join(str(text).split())}" for key, text in rows.items()]
     known = {name: rebuild(name, config[name]) for name in PACKAGES if config[name] is not None}
-    solver, steps = usual_way(known.get("model"), known.get("noise_schedule"), known.get("model_output_transform"))
+    parts = (known.get(name) for name in ("model", "noise_schedule", "model_output_transform"))
+    solver, steps = usual_way(*parts)
     load = ["```python", "from flaxdiff.pretrained import load_model", "",
             f'model = load_model("{name}")  # the path of this folder',
             f'sampler = model.sampler("{solver}")',
