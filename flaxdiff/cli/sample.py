@@ -288,7 +288,7 @@ def sample_run(
     features = getattr(network, "feature_depths", (64,))[0]  # of a network that does not say
     check_memory("--num", args.num, model.image_shape, features)
     asked = args.label is not None or args.prompt is not None
-    strength = 2.0 if asked and not model.is_flow_map else 1.0  # a guided jump is not the jump of a guided path
+    strength = 2.0 if asked and not model.is_flow_map else 1.0  # a guided jump leads elsewhere
     guidance = strength if args.guidance is None else args.guidance
     condition = make_condition(model, args.num, args.label, args.prompt)
     sampler = model.decoding(SAMPLERS[name](make_denoiser(model, guidance, args.negative), **options))
