@@ -19,10 +19,11 @@ from flaxdiff.pretrained import SHIPPED, load_model, write_card
 from flaxdiff.text import load_text_encoder
 
 FEATURES = {"digits": "digits", "digits-ddpm": "digits", "digits-flow": "digits", "digits-map": "digits", "digits-text": "digits", "fashion": "fashion"}  # of each model
-WALKS = {"digits-ddpm": ("ddpm", 1000), "digits-map": ("flow-map", 4)}  # solver and levels of a model's card, where they are not those of the others
 
 
-def walk_of(name): return WALKS.get(name, ("dpm-solver++", 10))
+def walk_of(model):
+    "Solver and levels of a model's card: its usual ones where it needs them, else ten of DPM-Solver++."
+    return ("dpm-solver++", 10) if model.usual_way[0] == "heun" else model.usual_way
 
 
 def ask(model, n, rng=0):
@@ -70,7 +71,8 @@ def main():
     parser.add_argument("--save", help="where to keep the samples")
     parser.add_argument("--card", action="store_true", help="write the lines into the card")
     args = parser.parse_args()
-    model, (sampler, levels) = load_model(args.name), walk_of(args.name)
+    model = load_model(args.name)
+    sampler, levels = walk_of(model)
     args.sampler, args.levels = args.sampler or sampler, args.levels or levels
     if args.load:
         images, labels = np.load(args.load)["images"], ask(model, args.num, args.rng)[1]

@@ -145,9 +145,10 @@ def with_box(
     source,  # the second cell of a chapter
     text,  # its box
 ):
-    "The same cell with the box at its end, in place of an older one."
-    head = re.split(r"\n+\*\*You need\*\*", source)[0].rstrip()
-    return re.sub(r"^You will learn$", "**You will learn**", head, flags=re.M) + "\n\n" + text
+    "The same cell with the box in place of an older one, or at its end; what stands below an older one stays."
+    head, _, old = source.partition("**You need**")
+    below = re.sub(r".*?\*\*On the map\*\*[^\n]*", "", old, count=1, flags=re.S)
+    return re.sub(r"^You will learn$", "**You will learn**", head.rstrip(), flags=re.M) + "\n\n" + text + below
 
 
 def notation(book):

@@ -86,8 +86,8 @@ def fold_solutions(
         cell = cells.pop(0)
         folded.append(cell)
         if cell["cell_type"] == "code": cell["source"] = cell["source"].replace("#| code-fold: show", "#| code-fold: true", 1)
-        inside, end, _ = cell["source"].rstrip().rpartition("</details>")
-        if cell["cell_type"] != "markdown" or not end or _.strip(): continue
+        inside, end, after = cell["source"].rstrip().rpartition("</details>")
+        if cell["cell_type"] != "markdown" or not end or after.strip(): continue
         if not re.search(r"<details>\s*<summary>\s*Solution\b(?!.*<details>)", inside, re.S): continue
         if not cells or cells[0]["cell_type"] != "code": continue
         cell["source"] = inside.rstrip()

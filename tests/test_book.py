@@ -59,6 +59,12 @@ def test_a_box_written_twice_is_written_once():
     assert once == tables.with_box(once, tables.box("ddim", BOOK)) and once.count("**You need**") == 1 and "**You will learn**" in once
 
 
+def test_what_stands_below_a_box_stays():
+    below = "\n\nMore words, and **bold** ones."
+    boxed = tables.with_box("[badge](x)\n\nYou will learn\n\n- this.", tables.box("ddim", BOOK)) + below
+    assert tables.with_box(boxed, tables.box("ddpm", BOOK)).endswith(tables.box("ddpm", BOOK) + below)
+
+
 @pytest.mark.parametrize("prose, fault", [
     (r"Let $x_0$ be data and $\varepsilon$ noise, $x_t = \alpha_t x_0 + \sigma_t\varepsilon$.", None),
     (r"Code has no letters: `$Q$`, and words none: $\mathrm{Qq}(x)$, $x_{\text{QQ}}$.", None),

@@ -13,7 +13,7 @@ from flaxdiff.cli.sample import sample_parser
 from flaxdiff.pretrained import SAMPLERS, shipped_models
 
 ROOT = Path(__file__).resolve().parents[1]
-GALLERY = json.loads((ROOT / "nbs" / "67_gallery.ipynb").read_text(encoding="utf-8"))
+GALLERY = json.loads(next((ROOT / "nbs").glob("*_gallery.ipynb")).read_text(encoding="utf-8"))
 COMMANDS = [node.value for cell in GALLERY["cells"] if cell["cell_type"] == "code" and "flaxdiff-sample " in "".join(cell["source"]) and "%pip" not in "".join(cell["source"])
             for node in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(node, ast.Constant) and str(node.value).startswith("flaxdiff-sample ")]
 

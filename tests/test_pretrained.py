@@ -160,6 +160,36 @@ def test_a_trainer_exports_its_null_condition(tmp_path):
     assert all(np.array_equal(model.model.null_condition[name], value) for name, value in NO_TEXT.items())
 
 
+class Told(nn.Module):
+    null_condition = {"label": 2}  # a plain number, no array
+
+    @nn.compact
+    def __call__(self, x, temb, label): return nn.Dense(x.shape[-1])(x) + label.reshape(-1, 1, 1, 1)
+
+
+def test_a_null_condition_may_be_a_plain_number(tmp_path):
+    params = Told().init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1))
+    save_model(tmp_path / "model", Told(), params, EDMNoiseScheduler(), None, SHAPE, conditions=("label",), without=("model",))
+    model = load_model(tmp_path / "model", model=Told())
+    assert model.sampler("heun", guidance_scale=2.0).generate_images(2, 3, rng=0, conditioning={"label": np.array([0, 1])}).shape == (2, *SHAPE)
+
+
+@pytest.mark.parametrize("schedule, predictor, due", [
+    (CosineNoiseSchedule(1000), EpsilonPredictor(), ("ddpm", 1000)), (CosineNoiseSchedule(1000), VPredictor(), ("heun", 18)),
+    (EDMNoiseScheduler(), EpsilonPredictor(), ("heun", 18)), (schedulers.LinearNoiseSchedule(1000), EpsilonPredictor(), ("heun", 18)), (None, None, ("heun", 18))])
+def test_the_usual_way_of_a_process(schedule, predictor, due):
+    "Small steps where x̂₀ has ε̂'s error a thousandfold at the noisy end; EDM's, whose α is 1 and σ 80, is not such."
+    assert pretrained.usual_way(None, schedule, predictor) == due
+
+
+def test_the_usual_way_of_shipped_models():
+    ways = {name: load_model(name).usual_way for name in shipped_models()}
+    assert {name: way for name, way in ways.items() if way != ("heun", 18)} == {"digits-ddpm": ("ddpm", 1000), "digits-map": ("flow-map", 4)}
+    for name, (solver, levels) in ways.items():
+        page = (pretrained.SHIPPED / name / "README.md").read_text(encoding="utf-8")
+        assert f'model.sampler("{solver}")' in page and f"diffusion_steps={levels}," in page
+
+
 @pytest.mark.parametrize("null, words", [({"label": "none"}, "null_condition"), (3, "null_condition"), ({"textcontext": np.inf}, "null_condition"),
                                          ({"label": np.zeros(5)}, "model must run with params")])
 def test_a_null_condition_that_will_not_do(null, words, parts, tmp_path):

@@ -155,8 +155,8 @@ def draw_request(
     progress=False,  # show a bar
 ):
     "The images that were asked for, (N, H, W, C) in [-1, 1]."
-    options: dict[str, Any] = dict(diffusion_steps=args.steps, rng=args.seed, grid=grid)
-    options.update(conditioning=conditioning, progress=progress)
+    options: dict[str, Any] = dict(diffusion_steps=args.steps, rng=args.seed, conditioning=conditioning,
+                                   grid=grid, progress=progress)
     if args.init is None:
         return sampler.generate_images(args.num, **options)
     images = np.repeat(read_picture("init", args.init, shape)[None], args.num, 0)

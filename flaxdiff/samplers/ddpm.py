@@ -32,14 +32,14 @@ class DDPMSampler(DiffusionSampler):
         return s.alpha * zeta, jnp.exp(log_ratio / 2) / widen, s.sigma * jnp.sqrt(zeta), widen
 
     def step(self, x, x0, eps, t, s, state):
-        "x_s = α_s ζ x̂₀ + (σ_s/σ_t) √(1-zeta) x_t + √Σ z, with Σ = β̃ (β/β̃)^f."
+        "x_s = α_s ζ x̂₀ + (σ_s/σ_t) √(1-ζ) x_t + √Σ z, with Σ = β̃ (β/β̃)^r."
         x0_weight, x_weight, std, widen = state.plan
-        f = self.variances[self.variance]  # 0 for β̃, 1 for β
+        r = self.variances[self.variance]  # 0 for β̃, 1 for β
         if self.variance == "learned":
-            f = self.learned_share(state)
+            r = self.learned_share(state)
         state, key = state.get_random_key()
         z = jax.random.normal(key, x.shape, x.dtype)
-        return x0_weight * x0 + x_weight * x + std * widen ** f * z, state
+        return x0_weight * x0 + x_weight * x + std * widen ** r * z, state
 
     def learned_share(self,
                       state,  # a `SamplerState` with the second half of the channels, (B, …)
