@@ -25,14 +25,14 @@ from .utils import as_key, check_choice, check_flag, check_floats, check_positiv
 def divergence(
     f,  # (B, …) -> (B, …): a velocity; each image has its own
     y,  # (B, …): where
-    probes=None,  # (K, B, …): random directions of unit variance; None: each of the D axes, which is exact
+    probes=None,  # (K, B, …): random directions of unit variance; None: each of the axes, which is exact
 ):
-    "(f(y), tr ∂f/∂y of each image (B,)): K or D products of the Jacobian with a vector, never the Jacobian."
+    "(f(y), tr ∂f/∂y of each image (B,)), by products of the Jacobian with a vector, never the Jacobian."
     value, jacobian_times = jax.linearize(f, y)
 
-    def along(v):
-        v = jnp.broadcast_to(v, y.shape)
-        return jnp.sum(v * jacobian_times(v), tuple(range(1, y.ndim)))
+    def along(xi):
+        xi = jnp.broadcast_to(xi, y.shape)
+        return jnp.sum(xi * jacobian_times(xi), tuple(range(1, y.ndim)))
 
     if probes is not None:
         return value, jax.vmap(along)(probes).mean(0)
@@ -143,7 +143,7 @@ def to_noise(
     denoiser,  # a `Denoiser`, or a `DiffusionSampler`, whose denoiser counts and whose solver does not
     x,  # (B, …): samples at the last of `steps`, the smallest noise level
     steps: ArrayLike = 50,  # how many noise levels, uniform in t; or (N,) falling times, those of `sample`
-    probes=None,  # K random probes estimate the trace (Hutchinson); None: exact, D of them
+    probes=None,  # K random probes estimate the trace (Hutchinson); None: exact, one for each number of x
     key=None,  # of the probes, an older name of `rng`
     gaussian=False,  # normal probes instead of random signs
     method="rk4",  # "euler", "heun" or "rk4": order 1, 2 or 4
@@ -194,7 +194,7 @@ def bits_per_dim(
     shape,  # of one image, (H, W, C)
     step=1 / 127.5,  # between neighbouring grey values of x; 1: log_p is a probability already
 ):
-    "-log₂ of the probability that the density gives a cell of width `step`, for each of the D numbers."
+    "-log₂ of the probability that the density gives a cell of width `step`, per number of the image."
     check_real("step", step, 0, ends="(]")
     return -(log_p / np.prod(shape) + np.log(step)) / np.log(2)
 
@@ -208,7 +208,7 @@ def dequantise(
     check_real("step", step, 0, ends="(]")
     return images + step * jax.random.uniform(as_key(key), images.shape, images.dtype, -0.5, 0.5)
 
-# %% ../nbs/15_likelihood.ipynb #5537c466
+# %% ../nbs/15_likelihood.ipynb #2654a960
 class VariationalBound(NamedTuple):
     "The three parts of the bound on -log p(x₀), nats, each (B,)."
     prior: jax.Array  # what is left of x₀ at the first level
@@ -220,7 +220,6 @@ class VariationalBound(NamedTuple):
         "Their sum: at least -log p(x₀), on average over the draws."
         return sum(self)
 
-# %% ../nbs/15_likelihood.ipynb #2654a960
 def diffusion_loss(
     denoiser,  # a pytree, called (x, t, conditioning)
     conditioning,  # a dict or a tuple
