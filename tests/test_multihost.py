@@ -97,10 +97,10 @@ OWN = {"own": dict(calls=4, devices=1), "own alone": dict(calls=4, devices=1, ho
 def first(tmp_path_factory):
     "One process with 8 devices, and two with 2 each."
     root = tmp_path_factory.mktemp("hosts")
-    alone = {**EIGHT, **OWN, "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
+    alone = {**EIGHT, **OWN, "born": dict(born=True, how="jit", fsdp=True), "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
     pair = {**{name: dict(steps=4, **how) for name, how in HOWS.items()}, **ON_MESH, "adam": dict(steps=6, optimizer="adam"),
             "fsdp adam": dict(steps=4, optimizer="adam", how="jit", fsdp=True), "fsdp asks": dict(steps=4, optimizer="adam", how="jit", fsdp=True, asks=True),
-            "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
+            "born": dict(born=True, how="jit", fsdp=True), "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
     with Group(root / "alone", alone) as a, Group(root / "pair", pair, hosts=2, devices=2) as b: return root, a.results()[0], b.results()
 
 
@@ -131,6 +131,19 @@ def test_eight_devices_are_one(first, name):
     _, alone, _ = first
     assert alone[name]["step"] == 4 == len(alone[name]["losses"])
     assert difference(alone[name], alone["one"]) < 1e-12
+
+
+def test_batches_lie_cut_on_the_devices_before_their_step(first):
+    "But for several steps in one call, whose batches are joined first."
+    _, alone, pair = first
+    assert all(alone[name]["sent"] == ("parts" not in name) for name in EIGHT if name != "one")
+    assert all(host[name]["sent"] for host in pair for name in HOWS)
+
+
+def test_a_state_that_is_cut_is_born_cut(first):
+    "No device ever holds all of it: not when it is made, either."
+    _, alone, pair = first
+    for found, n in [(alone["born"], 8), *((host["born"], 4) for host in pair)]: assert found["held"] * n == found["whole"] > 0
 
 
 def test_one_host_alone_may_ask_for_a_state_that_is_split(first):
