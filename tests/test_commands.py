@@ -367,7 +367,7 @@ def test_the_tables_say_what_the_solvers_take(finished):
     for option, row in OPTIONS.items():
         value = row.choices[0] if row.choices else VALUES[row.kind]
         for name in SAMPLERS:
-            if (option, name) == ("eta", "dpm-solver++"): assert sampler_of(trainer, name, eta=value, stochastic=True)  # of its SDE alone
+            if option in ("eta", "s_noise") and name == "dpm-solver++": assert sampler_of(trainer, name, stochastic=True, **{option: value})  # of its SDE alone
             elif name in row.samplers: assert sampler_of(trainer, name, **{option: value})
             elif (option, name) not in (("order", "plms"), ("order", "pndm"), ("order", "multistep-dpm")):  # theirs is fixed
                 if (option, name) == ("frame", "plms") or (option, name) == ("frame", "pndm"): continue
