@@ -526,7 +526,8 @@ def make_evaluation(
         image, conditions = split_batch(validation, trainer.model.image_shape)
         held_out = HeldOutLoss(trainer.make_recipe(), image, conditions)
     last = trainer.steps_done + total
-    return Evaluation(lambda: trainer.denoiser, every or trainer.checkpoint_every or epoch, last, held_out, evaluate, trainer.steps_done)
+    every = every or trainer.checkpoint_every or epoch
+    return Evaluation(lambda: trainer.denoiser, every, last, held_out, evaluate, trainer.steps_done)
 
 # %% ../../nbs/46_trainer.ipynb #235a4351
 def make_callbacks(
