@@ -790,7 +790,7 @@ sys.path.insert(0, sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np, optax
 from test_trainer import LABELS, Told, fit, make, pictures, same_bits, stream
 from flaxdiff.models import SimpleUNet
-from flaxdiff.trainer.facade import check_condition, make_ready, stack_batches
+from flaxdiff.trainer.facade import make_ready, stack_batches
 assert len(jax.devices()) == 4
 images = pictures(32)
 def work(how, parts):
@@ -1073,6 +1073,7 @@ def test_the_average_is_lent_alone():
 
 def test_conditions_on_a_device_are_not_fetched():
     "A NaN in the first batch is an error wherever it lies; later ones on a device are skipped by the step, those on the host are errors."
+    from flaxdiff.trainer.facade import check_condition
     text = np.zeros((8, 2, 3), np.float32)
     bad = np.where(np.arange(8)[:, None, None] == 3, np.nan, text)
     for rows in (bad, jnp.asarray(bad)):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimizer', 'source_of', 'open_data', 'held_out', 'build_trainer', 'make_trainer',
-           'restore_run', 'train_run', 'load_function', 'levels_table', 'name_flag', 'run_command', 'settle',
-           'train_main', 'start_machine']
+           'restore_run', 'train_run', 'load_function', 'evaluation_of', 'levels_table', 'name_flag', 'run_command',
+           'settle', 'train_main', 'start_machine']
 
 # %% ../../nbs/59_train.ipynb #fc0c631e
 import contextlib
@@ -240,11 +240,11 @@ def train_run(
         config = TrainConfig(**trainer.config)  # with all that the data have decided
         if done > config.steps:
             raise ValueError(f"steps must be at least {done}, which the run has made, got {config.steps}")
-        condition = picture_condition(config, data)
+        condition, evaluation = picture_condition(config, data), evaluation_of(config, data)
         with (trainer.run_checkpoints,
               _begin_record(config, out, trainer, datalen, done, progress, condition) as record):
             if done < config.steps and not preemption.raised:
-                _fit(trainer, data, config, done, progress, record)
+                _fit(trainer, data, config, done, progress, record, evaluation)
         if trainer.preempted or preemption.raised:
             return None
         return _finish_run(trainer, config, out, started, condition)
@@ -285,17 +285,22 @@ def _begin_record(config, out, trainer, datalen, done, progress, condition):
     (out / "summary.json").unlink(missing_ok=True)  # of the run before it was made longer
     return contextlib.closing(record)
 
-def _fit(trainer, data, config, done, progress, record):
-    "Train to the end, with a look at the examples held out, or by the user's measure, where asked for."
-    options = {}
+def evaluation_of(
+    config,  # a `TrainConfig`
+    data,  # its stream
+) -> dict[str, typing.Any]:
+    "What `fit` is told of examples held out and of the user's own measure, where there are some."
+    options: dict[str, typing.Any] = {}
     if config.validation or config.validation_split is not None:
         options["validation"] = held_out(config, label_names=getattr(data, "label_names", None))
     if config.evaluate is not None:
         options["evaluate"] = load_function("evaluate", config.evaluate)
-    if options:
-        options["evaluate_every"] = config.evaluate_every
+    return {**options, "evaluate_every": config.evaluate_every} if options else {}
+
+def _fit(trainer, data, config, done, progress, record, evaluation):
+    "Train to the end."
     trainer.fit(data, config.steps - done, progress=progress, report_every=config.report_every,
-                on_report=record, **options)
+                on_report=record, **evaluation)
 
 def _describe(trainer, datalen):
     "What is trained on what, in a line."

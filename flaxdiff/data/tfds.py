@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'refuse_features', 'prepare_tfds', 'find_tfds', 'open_tfds', 'tfds_stream', 'get_dataset', 'file_stream',
            'digit_texts', 'encode_captions', 'check_options', 'check_encoder', 'data_kind', 'image_shape',
-           'check_source', 'check_idle', 'check_data_dir']
+           'check_source', 'check_pictures', 'check_data_dir']
 
 # %% ../../nbs/37_tfds.ipynb #d45d0cf1
 import inspect
@@ -18,7 +18,7 @@ from typing import Any
 
 from .arrays import array_stream, read_idx_folder, read_npz, table_stream
 from .folder import FileStream, folder_stream, open_pictures
-from .pixels import PrepareImage
+from .pixels import PrepareImage, check_background
 from .stream import ImageStream, MixedStream, check_channels, digits_stream, load_digits
 from ..utils import check_choice, check_flag, check_positive_int, check_whole
 
@@ -164,8 +164,8 @@ def get_dataset(
     kind, path = data_kind(name)
     captions = check_flag("captions", captions) or encoder is not None
     check_source(name, split, data_dir, captions, crop, columns, workers)
-    check_idle(name, threads, max_damaged, background)
     check_options(labels, max_damaged, encoder, cache)
+    check_pictures(threads, background)
     size, channels = image_shape(kind, image_scale, channels)
     line: dict[str, Any] = dict(seed=seed, host=host, hosts=hosts, validation=validation, part=part)
     if kind == "digits":
@@ -300,22 +300,14 @@ def check_source(
                          f"for name={name!r}")
 
 # %% ../../nbs/37_tfds.ipynb #a9480cd8
-def check_idle(
-    name,  # of the data
-    threads,  # what was given, and so on as in `get_dataset`
-    max_damaged,  # of pictures
-    background,  # behind transparent pixels
+def check_pictures(
+    threads,  # what was given
+    background,  # the same
 ):
-    "A `ValueError` for options of picture files that data in memory have no use for."
-    kind, _ = data_kind(name)
-    if kind not in ("digits", "npz", "idx"):
-        return
-    for option, value in (("threads", threads), ("max_damaged", max_damaged)):
-        if value is not None:
-            raise ValueError(f"{option} must be None for name={name!r}, whose pictures are in memory, "
-                             f"got {value!r}")
-    if kind == "digits" and background != "white":
-        raise ValueError(f"background must be left out for the digits, which are opaque, got {background!r}")
+    "A `ValueError` for what is none, of data in memory too: one call serves every kind of data."
+    if threads is not None:
+        check_positive_int("threads", threads)
+    check_background(background)
 
 def check_data_dir(
     kind,  # of data
