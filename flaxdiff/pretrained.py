@@ -59,8 +59,12 @@ def write_tensors(
     path: str | Path,  # the file to write
     tensors: Mapping[str, np.ndarray],  # arrays by name
 ) -> None:
-    "Write arrays as a safetensors file."
+    "Write arrays as a safetensors file, which others may read as they may read any new file."
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path)
+    path.chmod(mode)  # safetensors would leave it to the owner alone
 
 def read_tensors(
     path: str | Path,  # a safetensors file

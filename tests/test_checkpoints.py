@@ -132,6 +132,26 @@ def test_trouble_with_reading_is_not_damage(tmp_path, monkeypatch):
     assert names(folder) == ["1", "2"]
 
 
+@pytest.mark.parametrize("trouble", [TypeError("unexpected keyword"), RuntimeError("no such plugin"), ValueError("format version 9 is not known")])
+def test_what_is_not_proven_is_no_damage(trouble, tmp_path, monkeypatch):
+    "An error that no sum and no reader of the bytes has raised: said as it is, and nothing is passed over or renamed."
+    folder = write(tmp_path / "c", state_of(step=1), state_of(step=2))
+    manager = open_checkpoints(folder)
+    def fail(*args, **kwargs): raise trouble
+    monkeypatch.setattr(manager, "restore", fail)
+    with pytest.raises(CheckpointError, match=f"checkpoint 2 in .* could not be read: {type(trouble).__name__}"): load_checkpoint(manager, state_of())
+    put_aside(manager, 0)
+    assert names(folder) == ["1", "2"]
+
+
+def test_the_best_of_none_is_said(tmp_path):
+    "Where no loss was measured, no checkpoint is the best."
+    manager = open_checkpoints(tmp_path / "c")
+    for n in (1, 2): save_checkpoint(manager, n, state_of(step=n), {}, loss=float("inf"))
+    finish_checkpoints(manager)
+    with pytest.raises(ValueError, match="step='best' needs a checkpoint whose loss was measured"): load_checkpoint(manager, state_of(), "best")
+
+
 def test_a_checkpoint_that_is_deleted_meanwhile_is_not_damaged(tmp_path, monkeypatch, caplog):
     "The run that writes there deletes old ones while others read."
     folder = write(tmp_path / "c", state_of(step=1), state_of(step=2))

@@ -18,13 +18,13 @@ from flaxdiff.cli import cost as costing
 from flaxdiff.cli import sample as sampling
 from flaxdiff.cli import train as training
 from flaxdiff.cli.export import export_main, make_card, train_command
-from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, default_grid, find_sampler, flag_of, open_model, sample_parser,
+from flaxdiff.cli.sample import (ALIASES, GRIDS, OPTIONS, SAMPLERS, choose_options, default_grid, find_sampler, flag_of, open_model, sample_parser,
                                  sampler_of)
 from flaxdiff.cli.cost import check_fits, describe_cost, in_words, measure_cost
 from flaxdiff.cli.record import RunRecord
 from flaxdiff.cli.settings import (MAY_CHANGE, RECIPES, WITH_NEW_OPTIMIZER, change_config, check_config, kind_of,
                                    make_config, merge_settings)
-from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, learning_rate, local_path, make_trainer, read_settings,
+from flaxdiff.cli.train import (SCHEDULES, TOPICS, build_trainer, held_out, learning_rate, local_path, make_trainer, open_data, read_settings,
                                 restore_run, run_folder, save_grid)
 from flaxdiff.predictors import X0Predictor
 from flaxdiff.pretrained import PretrainedModel, SizedNetwork, load_model
@@ -367,11 +367,12 @@ def test_the_tables_say_what_the_solvers_take(finished):
     for option, row in OPTIONS.items():
         value = row.choices[0] if row.choices else VALUES[row.kind]
         for name in SAMPLERS:
-            if (option, name) == ("eta", "dpm-solver++"): assert sampler_of(trainer, name, eta=value, stochastic=True)  # of its SDE alone
-            elif name in row.samplers: assert sampler_of(trainer, name, **{option: value})
+            if option in ("eta", "s_noise") and name == "dpm-solver++": assert sampler_of(trainer, name, stochastic=True, **{option: value})  # of its SDE alone
+            elif name in row.samplers: assert sampler_of(trainer, name, **{row.called.get(name, option): value})
             elif (option, name) not in (("order", "plms"), ("order", "pndm"), ("order", "multistep-dpm")):  # theirs is fixed
                 if (option, name) == ("frame", "plms") or (option, name) == ("frame", "pndm"): continue
                 with pytest.raises((TypeError, ValueError)): sampler_of(trainer, name, **{option: value})
+    assert choose_options("edm", {"s_noise": 1.003}) == {"S_noise": 1.003} and choose_options("ddim", {"s_noise": 1.003}) == {"s_noise": 1.003}
     text = sample_parser().format_help()
     assert all(flag_of(option) in text for option in OPTIONS) and "conditional run" not in text
 
@@ -742,6 +743,67 @@ def test_high_and_wide_pictures_with_captions(tmp_path, capsys):
     refused(train_main, ["--out", tmp_path / "no", "--caption-cache", "here"], "--caption-cache", capsys)
     for bad, named in ((["--features", "8,8,8,8,8"], "--features"), (["--network", "dit", "--patch-size", 3], "--patch-size")):
         refused(train_main, ["--out", tmp_path / "no", "--dataset", f"folder:{folder}", "--crop", "bucket", *bad], named, capsys)
+
+
+def arrays(path, n, seed=0):
+    "An .npz file of n small grey pictures."
+    np.savez(path, images=np.random.default_rng(seed).integers(0, 256, (n, 8, 8), np.uint8))
+    return f"npz:{path}"
+
+
+def test_other_data_are_held_out_and_a_measure_of_ones_own_is_logged(tmp_path, capsys):
+    "From the command alone: its numbers stand in metrics.csv, and the held-out loss by level in the summary."
+    measure, out = tmp_path / "measure.py", tmp_path / "run"
+    measure.write_text("def ink(denoiser):\n    import jax.numpy as jnp\n    return {'ink': jnp.mean(denoiser(jnp.zeros((2, 8, 8, 1)), 0.5)[0])}\n")
+    data, held = arrays(tmp_path / "a.npz", 40), arrays(tmp_path / "b.npz", 12, seed=1)
+    words = [*STEADY, "--recipe", "digits", "--steps", 10, "--dataset", data]
+    command([*words, "--validation-split", held, "--evaluate", f"{measure}:ink"], out)
+    rows = [row for row in csv.DictReader((out / "metrics.csv").open()) if row["validation_loss"]]
+    assert [row["step"] for row in rows] == ["5", "10"] and all(np.isfinite(float(row["ink"])) for row in rows), "as often as checkpoints are written"
+    told = json.loads((out / "summary.json").read_text())
+    levels = told["validation_levels"]
+    assert told["validation_loss"] == float(rows[-1]["validation_loss"]) and all(row["from"] < row["to"] and row["loss"] >= 0 for row in levels)
+    assert [row["from"] for row in levels] == sorted(row["from"] for row in levels) and min(row["loss"] for row in levels) <= told["validation_loss"] <= max(row["loss"] for row in levels)
+    assert "validation_levels" not in rows[0] and (out / "levels.png").exists()
+    for place, said in (("measure", "FILE.py:FUNCTION"), (f"{tmp_path}/none.py:ink", "cannot be read"), (f"{measure}:jot", "none called jot"), ("no_such_module:f", "cannot be read")):
+        refused(train_main, ["--out", tmp_path / "no", *words, "--evaluate", place], "--evaluate", capsys)
+
+
+def test_a_split_of_the_data_is_held_out(tmp_path, capsys):
+    "Trained on one part of MNIST's files and measured on the other; never on both."
+    folder, out = tmp_path / "idx", tmp_path / "run"
+    folder.mkdir()
+    for name, n in (("train", 30), ("t10k", 7)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 8, 8), np.uint8)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array(pixels.shape, ">u4").tobytes() + pixels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + bytes(i % 3 for i in range(n)))
+    words = [*STEADY, "--recipe", "digits", "--steps", 4, "--labels", "--dataset", f"idx:{folder}"]
+    for extra, named in ((["--validation-split", "test"], "--split"), (["--validation-split", "test", "--split", "test"], "--split"), (["--validation-split", "elsewhere", "--split", "train"], "--split"),
+                         (["--validation-split", "test", "--split", "train", "--validation", 0.1], "--validation"), (["--validation-split", ""], "--validation-split")):
+        refused(train_main, ["--out", tmp_path / "no", *words, *extra], named, capsys)
+    _, config = command([*words, "--split", "train", "--validation-split", "test"], out)
+    assert open_data(config)[1] == 30 and len(held_out(config)["image"]) == 7
+    with pytest.raises(ValueError, match="must have the labels of the data"): held_out(config, label_names=["shoe", "shirt"])
+    assert "validation_loss" in json.loads((out / "summary.json").read_text())
+
+
+def test_what_lies_elsewhere_today_is_the_same(tmp_path):
+    "The place of data or of an encoder may change, its kind may not."
+    config = dataclasses.replace(TINY, text="clip:/here", validation_split="npz:/a", dataset="npz:/b")
+    moved = {"text": "clip:/there", "validation_split": "npz:/c", "dataset": "npz:/d"}
+    assert change_config(config, moved) == dataclasses.replace(config, **moved)
+    for name, value in {"text": "letters", "validation_split": "folder:/a", "split": "train"}.items():
+        with pytest.raises(ValueError, match=f"^{name}="): change_config(config, {name: value})
+
+
+@pytest.mark.parametrize("recipe, millions", [("small28", 33), ("photos64", 33), ("photos128", 130)])
+def test_a_transformer_has_the_size_of_its_recipe(recipe, millions):
+    "DiT-S and DiT-B of Peebles & Xie (2023, table 1), with as many tokens as theirs; a flag goes before it."
+    size = {"small28": 28, "photos64": 64, "photos128": 128}[recipe]
+    config = make_config({"network": "dit", "dataset": "folder:x", "image_size": size})
+    check_config(config)
+    assert config.recipe == recipe and 0.9 < measure_cost(config).parameters / 1e6 / millions < 1.1 and (size // config.patch_size) ** 2 in (196, 256)
+    assert make_config({"network": "dit", "dataset": "folder:x", "image_size": size, "width": 96}).width == 96
 
 
 def test_rows_with_new_columns(finished, tmp_path):

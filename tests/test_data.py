@@ -238,6 +238,12 @@ def test_the_parts_check_their_flags_and_numbers_too(pictures):
     assert PrepareImage(np.int64(8), np.int64(3)).channels == 3 and PrepareImage(8, 3, np.True_).with_labels is True
 
 
+@pytest.mark.parametrize("option", [{"threads": 0}, {"threads": "two"}, {"max_damaged": -1}, {"background": "no such colour"}, {"background": (1, 2)}])
+def test_options_of_picture_files_are_checked_for_data_in_memory_too(option, tmp_path):
+    "One call serves every kind of data: what the digits have no use for must still make sense."
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} must be"): get_dataset("digits", **option)
+
+
 def test_a_folder_that_is_not_there_is_not_ignored_for_the_digits(tmp_path):
     with pytest.raises(ValueError, match="^data_dir must be None for the digits.*'/nope'"): get_dataset("digits", data_dir="/nope")
     (tmp_path / "file").write_text("")

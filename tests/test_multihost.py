@@ -97,10 +97,10 @@ OWN = {"own": dict(calls=4, devices=1), "own alone": dict(calls=4, devices=1, ho
 def first(tmp_path_factory):
     "One process with 8 devices, and two with 2 each."
     root = tmp_path_factory.mktemp("hosts")
-    alone = {**EIGHT, **OWN, "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
+    alone = {**EIGHT, **OWN, "born": dict(born=True, how="jit", fsdp=True), "four": dict(steps=4, devices=4), "adam": dict(steps=6, devices=4, optimizer="adam")}
     pair = {**{name: dict(steps=4, **how) for name, how in HOWS.items()}, **ON_MESH, "adam": dict(steps=6, optimizer="adam"),
             "fsdp adam": dict(steps=4, optimizer="adam", how="jit", fsdp=True), "fsdp asks": dict(steps=4, optimizer="adam", how="jit", fsdp=True, asks=True),
-            "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
+            "born": dict(born=True, how="jit", fsdp=True), "half": dict(steps=3, optimizer="adam", checkpoint_dir=str(root / "half"))}
     with Group(root / "alone", alone) as a, Group(root / "pair", pair, hosts=2, devices=2) as b: return root, a.results()[0], b.results()
 
 
@@ -133,6 +133,19 @@ def test_eight_devices_are_one(first, name):
     assert difference(alone[name], alone["one"]) < 1e-12
 
 
+def test_batches_lie_cut_on_the_devices_before_their_step(first):
+    "But for several steps in one call, whose batches are joined first."
+    _, alone, pair = first
+    assert all(alone[name]["sent"] == ("parts" not in name) for name in EIGHT if name != "one")
+    assert all(host[name]["sent"] for host in pair for name in HOWS)
+
+
+def test_a_state_that_is_cut_is_born_cut(first):
+    "No device ever holds all of it: not when it is made, either."
+    _, alone, pair = first
+    for found, n in [(alone["born"], 8), *((host["born"], 4) for host in pair)]: assert found["held"] * n == found["whole"] > 0
+
+
 def test_one_host_alone_may_ask_for_a_state_that_is_split(first):
     "Before the first step and at every report, as the record of a run does: nobody hangs, and nothing changes."
     for i, result in enumerate(first[2]):
@@ -156,7 +169,7 @@ def test_hosts_read_their_rows_of_one_batch(first):
 
 
 def test_hosts_agree_in_every_bit(first):
-    for name in first[2][0]: same_bits(*(host[name] for host in first[2]))
+    for name in first[2][0].keys() - {"born"}: same_bits(*(host[name] for host in first[2]))
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -339,7 +352,7 @@ number, count = start_hosts()
 joined = jax.distributed.is_initialized()
 from jax.experimental import multihost_utils
 everyone = multihost_utils.process_allgather(np.int32(number)).ravel().tolist() if joined else [number]
-print("SAID", number, count, joined, everyone, len(jax.devices()), sep="|")
+print("SAID", number, count, joined, everyone, len(jax.devices()), "", sep="|", flush=True)
 """
 
 
@@ -379,7 +392,7 @@ def metadata():
         finally:
             for p in processes: p.kill()
         for p, (_, err) in zip(processes, outputs): assert p.returncode == 0, err[-3000:]
-        return [re.search(r"SAID\|(.*)", out)[1].split("|") for out, _ in outputs]  # Gloo speaks, too
+        return [re.search(r"SAID\|(.*)\|", out)[1].split("|") for out, _ in outputs]  # Gloo speaks, too, and in the same line
     ask.asked = server.asked
     yield ask
     server.shutdown()

@@ -298,6 +298,12 @@ def test_arrays_come_back_to_the_bit(tmp_path):
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(TREE)): assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def test_weights_may_be_read_by_whom_any_new_file_may(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    pretrained.write_tensors(tmp_path / "weights", {"a": np.zeros(3)})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_the_package_safetensors_reads_what_we_write_and_the_other_way_round(tmp_path):
     st = pytest.importorskip("safetensors.numpy")
     flat = {name: x for name, x in flatten(TREE).items() if x.dtype != jnp.bfloat16}

@@ -1071,6 +1071,17 @@ def test_the_average_is_lent_alone():
 
 # Data, callbacks, evaluation
 
+def test_conditions_on_a_device_are_not_fetched():
+    "A NaN in the first batch is an error wherever it lies; later ones on a device are skipped by the step, those on the host are errors."
+    from flaxdiff.trainer.facade import check_condition
+    text = np.zeros((8, 2, 3), np.float32)
+    bad = np.where(np.arange(8)[:, None, None] == 3, np.nan, text)
+    for rows in (bad, jnp.asarray(bad)):
+        with pytest.raises(ValueError, match="textcontext must be finite"): check_condition("textcontext", rows, 8)
+    with pytest.raises(ValueError, match="textcontext must be finite"): check_condition("textcontext", bad, 8, is_first=False)
+    assert check_condition("textcontext", jnp.asarray(bad), 8, is_first=False).shape == (8, 2, 3)
+
+
 def test_batches_are_sent_ahead_and_none_is_lost():
     "One batch is read while the step before it runs, and none beyond those asked for; a buffer that is filled again is no obstacle."
     reads, buffer = [], np.zeros((8, 6, 6, 1), np.float32)

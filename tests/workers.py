@@ -16,6 +16,7 @@ from flaxdiff.distributed import DataParallel, start_hosts
 from flaxdiff.predictors import KarrasEDMPredictor
 from flaxdiff.schedulers import EDMNoiseScheduler
 from flaxdiff.trainer import DiffusionTrainer
+from flaxdiff.trainer.facade import first_state
 
 
 class Small(nn.Module):
@@ -60,11 +61,25 @@ def train(steps, optimizer="sgd", devices=None, first=0, batch=16, resume=False,
     if asks:
         trainer.initialize(np.zeros((len(next(Digits(dtype, batch))), 8, 8, 1), dtype))
         if jax.process_index() == 0: drawn.append([float(jnp.sum(v)) for v in jax.tree.leaves(trainer.state.params)])
+    take_steps, sent = trainer.take_steps, []
+    def noting(batches):
+        sent.extend(getattr(x, "sharding", None) == trainer.training.parallel.place for x in jax.tree.leaves(batches))
+        return take_steps(batches)
+    trainer.take_steps = noting
     state = trainer.fit(data, steps, progress=False, report_every=every, on_report=report)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     return {"params": flat(state.params), "ema": flat(state.ema_params), "opt": flat(state.opt_state) if jax.tree.leaves(state.opt_state) else np.zeros(0),
             "losses": np.array(trainer.losses), "levels": trainer.levels, "step": np.array(int(state.step)), "preempted": np.array(trainer.preempted),
-            "drawn": np.array(len(drawn)), "rows": data.first if data.first is not None else np.zeros(0)}
+            "drawn": np.array(len(drawn)), "sent": np.array(all(sent)), "rows": data.first if data.first is not None else np.zeros(0)}
+
+
+def born(**options):
+    "What a state that is cut looks like before any update: the bytes of its larger arrays in all, and those of them on device 0."
+    trainer = DiffusionTrainer(Small(jnp.float32), optax.adam(1e-3), EDMNoiseScheduler(), rngs=7, model_output_transform=KarrasEDMPredictor(), **options)
+    images = np.zeros((8 * jax.local_device_count(), 8, 8, 1), np.float32)
+    state = first_state(trainer, trainer.make_recipe(), images, {})
+    large = [x for x in jax.tree.leaves(state) if x.size >= 1024]
+    return {"whole": np.array(sum(x.nbytes for x in large)), "held": np.array(sum(x.addressable_data(0).nbytes for x in large))}
 
 
 def own_step(rule, state, key, index, batch, axis=None):
@@ -112,7 +127,7 @@ def main(out, cases, host=None):
     results = {}
     for name, case in cases.items():
         print("case", name, flush=True)
-        kind = own if "calls" in case else train
+        kind = born if case.pop("born", False) else own if "calls" in case else train
         results |= {f"{name}/{key}": value for key, value in kind(**case).items()}
     np.savez(out, **results)
 

@@ -116,7 +116,7 @@ class RunRecord:
                  row,  # a new one of the trainer's `history`
                 ):
         "Write it down, everywhere; and a picture, where one is due."
-        if set(row) <= set(self.columns):
+        if {name for name, value in row.items() if not isinstance(value, list)} <= set(self.columns):
             with (self.out / "metrics.csv").open("a", encoding="utf-8") as file:
                 file.write(as_line(row, self.columns))
         else:
@@ -138,7 +138,8 @@ class RunRecord:
     def write_all(self):
         "metrics.csv anew, with a column for whatever any row has."
         history = self.trainer.history
-        self.columns = list(dict.fromkeys([*self.columns, *(name for row in history for name in row)]))
+        named = (name for row in history for name, value in row.items() if not isinstance(value, list))
+        self.columns = list(dict.fromkeys([*self.columns, *named]))
         rows = "".join(as_line(row, self.columns) for row in history)
         write_text(self.out / "metrics.csv", ",".join(self.columns) + "\n" + rows)
 
@@ -150,10 +151,19 @@ class RunRecord:
         images = draw_images(self.sampler, self.config, self.condition)
         save_grid(self.out / "samples" / f"{step:08d}.png", images)
         self.board.add_image("samples", to_bytes(images), step, dataformats="HWC")
-        sums, counts = self.trainer.levels
-        plot_loss_by_level(sums, counts, self.trainer.level_edges)
-        figure = plt.gcf()
-        write_whole(self.out / "levels.png", lambda partial: figure.savefig(partial, format="png"))
+        write_whole(self.out / "levels.png", self.draw_levels)
+
+    def draw_levels(self,
+                    path,  # of the picture
+                   ):
+        "The loss by noise level: of the last thousand updates, and of the examples held out."
+        edges, evaluation = self.trainer.level_edges, self.trainer.evaluation
+        figure, ax = plt.subplots()
+        plot_loss_by_level(*self.trainer.levels, edges, ax, label="trained on, as the network was")
+        if evaluation is not None and evaluation.levels is not None:
+            plot_loss_by_level(*evaluation.levels, edges, ax, label="held out, averaged network", ls="--")
+            ax.legend()
+        figure.savefig(path, format="png")
         plt.close(figure)
 
     def close(self):

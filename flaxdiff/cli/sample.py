@@ -14,7 +14,7 @@ import difflib
 import io
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ class Option:
     samplers: tuple[str, ...]  # the names of those that take it
     text: str  # what it is
     choices: tuple[str, ...] | None = None  # the words that will do, if not any
+    called: dict[str, str] = field(default_factory=dict)  # its name with a solver that has another for it
 
 _EDM, _PP = ("edm",), ("dpm-solver++",)
 OPTIONS = {
@@ -120,10 +121,16 @@ OPTIONS = {
     "multistep": Option(bool, _PP, "look back at earlier levels, or else inside each step"),
     "stochastic": Option(bool, _PP, "solve the SDE, with fresh noise at every step"),
     "corrector": Option(bool, ("unipc",), "correct each step after the next call"),
+    "lower_order_final": Option(bool, ("lms", "plms", "pndm", "multistep-dpm", "dpm-solver++", "unipc", "deis"),
+                                "end with steps of lower order, which helps where the last one is long"),
+    "variable": Option(str, ("deis",), "of the polynomial", ("log_rho", "rho")),
     "S_churn": Option(float, _EDM, "sum of all noise put back, 0 is Heun's method"),
     "S_tmin": Option(float, _EDM, "put noise back from this level on"),
     "S_tmax": Option(float, _EDM, "up to this level"),
-    "S_noise": Option(float, _EDM, "standard deviation of that noise, 1 in theory"),
+    "s_noise": Option(float, ("edm", "ddim", "euler-ancestral", "euler-maruyama", "predictor-corrector",
+                              "dpm-solver++"),
+                      "standard deviation of the noise put back or drawn afresh, 1 in theory",
+                      called={"edm": "S_noise"}),
     "corrector_steps": Option(int, ("predictor-corrector",), "Langevin steps at each level"),
     "snr": Option(float, ("predictor-corrector",), "length of a Langevin step"),
     "rtol": Option(float, ("adaptive",), "relative error allowed to a step"),
@@ -154,7 +161,8 @@ def choose_options(
             raise ValueError(f"{flag} is no option of {name}, which takes {', '.join(takes) or 'none'}")
         if option in implied and implied[option] != value:
             raise ValueError(f"{flag} {value} contradicts the solver's name, which says {implied[option]}")
-    return {**implied, **given}
+    spelt = {OPTIONS[option].called.get(name, option): value for option, value in given.items()}
+    return {**implied, **spelt}
 
 # %% ../../nbs/64_sample.ipynb #300f4089
 GRIDS = {"uniform": uniform_grid, "karras": karras_grid, "lambda": lambda_grid, "trailing": trailing_grid,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'OF_NETWORK', 'IN_FOLDERS',
-           'AS_STORED', 'RECIPES', 'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig', 'kind_of', 'check_field',
-           'check_config', 'data_kind', 'choose_recipe', 'check_network', 'check_idle', 'make_config', 'local_path',
-           'read_settings', 'read_config', 'merge_settings', 'change_config', 'train_parser', 'newest_step',
-           'choose_config', 'describe_changes']
+           'MAY_MOVE', 'AS_STORED', 'DIT_SIZES', 'RECIPES', 'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig',
+           'kind_of', 'check_field', 'check_config', 'data_kind', 'check_parts', 'choose_recipe', 'check_network',
+           'check_idle', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings', 'change_config',
+           'train_parser', 'newest_step', 'choose_config', 'describe_changes']
 
 # %% ../../nbs/60_settings.ipynb #98f29761
 import argparse
@@ -65,7 +65,9 @@ class TrainConfig:
     crop: str = "centre"  # the middle square, one at a random place, or bucket: batches of a few other shapes
     flip: bool = False  # mirror half of the images at random
     augment: float = 0.0  # probability of each of EDM's augmentations, such as 0.12
+    split: str = "all"  # the part of the data set to train on, such as train, where it has parts
     validation: float = 0.0  # share of the examples held out, on which the loss is measured
+    validation_split: str | None = None  # held out instead: a split such as test, or other data, folder:PATH
     labels: bool = False  # train with the labels of the data set, so that one can ask for a class
     classes: int | None = None  # how many there are; by default as many as the data set names
     text: str | None = None  # train with the captions, read by this encoder: letters, minilm or clip:PATH
@@ -111,7 +113,8 @@ class TrainConfig:
     max_to_keep: int = 3  # checkpoints kept, beside the best
     report_every: int = 20  # updates between two rows of metrics.csv
     sample_every: int = 500  # updates between two pictures in RUN/samples
-    evaluate_every: int = 500  # updates between two looks at the examples held out
+    evaluate: str | None = None  # FILE.py:FUNCTION, a measure of the averaged denoiser: numbers by name
+    evaluate_every: int | None = None  # updates between two evaluations; by default as between checkpoints
     tensorboard: bool = True  # also write the metrics for TensorBoard, into RUN/tensorboard
     wandb: str | None = None  # a project of Weights & Biases to send the metrics to
 
@@ -174,6 +177,7 @@ def check_config(
     check_real("validation", config.validation, 0, 0.5)
     check_real("condition_dropout", config.condition_dropout, 0, 1)
     check_real("dropout", config.dropout, 0, 1, ends="[)")
+    check_parts(config)
     if config.labels and config.text is not None:
         raise ValueError(f"text must be left out where labels are trained with, got text={config.text!r}: "
                          "a run learns one of the two")
@@ -203,16 +207,40 @@ def check_config(
 OF_NETWORK = {"unet": ("features", "attention_levels", "res_blocks", "emb_features"),
               "dit": ("patch_size", "width", "depth")}  # settings of one network alone
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
+MAY_MOVE = {"dataset": IN_FOLDERS, "validation_split": IN_FOLDERS, "text": ("clip",)}  # on the same disk
 AS_STORED = ("idx", "npz")  # those whose images have a size already
 
 def data_kind(
     dataset,  # of a `TrainConfig`
+    kinds=IN_FOLDERS,  # those whose place may change
 ):
     "What a run remembers of its data: the kind and not the place, where a folder or a file is meant."
     kind, colon, _ = str(dataset).partition(":")
-    return kind if colon and kind in IN_FOLDERS else dataset
+    return kind if colon and kind in kinds else dataset
+
+def check_parts(
+    config,  # a `TrainConfig`
+):
+    "A `ValueError` where the examples held out would be trained on, or are named twice."
+    held, data = config.validation_split, config.dataset
+    if held is None:
+        return
+    if not held.strip():
+        raise ValueError("validation_split must name a split or other data, got an empty text")
+    if config.validation:
+        raise ValueError(f"validation must be left out where validation_split={held} is held out, "
+                         f"got {config.validation}")
+    is_split = data_kind(held) == held
+    if is_split and config.split in ("all", held) or held == data:
+        raise ValueError(f"split must name the part to train on, such as train: split={config.split!r} of "
+                         f"{data} holds {held}, which is to be held out")
 
 # %% ../../nbs/60_settings.ipynb #ddc697db
+DIT_SIZES: dict[str, dict[str, typing.Any]] = {  # of each recipe, where the network is a transformer
+    "small28": dict(patch_size=2, width=384, depth=12, heads=6),
+    "photos64": dict(patch_size=4, width=384, depth=12, heads=6),
+    "photos128": dict(patch_size=8, width=768, depth=12, heads=12)}
+
 RECIPES: dict[str, dict[str, typing.Any]] = {
     "digits": {},
     "small28": dict(features=(28, 56, 112), res_blocks=2, attention_levels=2, emb_features=112,
@@ -260,9 +288,10 @@ def check_idle(
 ):
     "A `ValueError` for a setting that nothing would look at."
     has_labels, has_text = bool(given.get("labels")), given.get("text") is not None
+    evaluates = any(given.get(name) for name in ("validation", "validation_split", "evaluate"))
     needs = {"classes": ("--labels", has_labels),
              "condition_dropout": ("--labels or --text", has_labels or has_text),
-             "evaluate_every": ("--validation SHARE", bool(given.get("validation")))}
+             "evaluate_every": ("--validation, --validation-split or --evaluate", evaluates)}
     for name, (needed, is_there) in needs.items():
         if name in given and given[name] != usual[name] and not is_there:
             raise ValueError(f"{name}={given[name]} needs {needed}, which was not asked for; leave it out")
@@ -273,6 +302,8 @@ def make_config(
     "The configuration of a new run: what was given, over its recipe, over the defaults."
     name = choose_recipe(given)
     recipe = RECIPES[name]
+    if given.get("network") == "dit":
+        recipe = {**recipe, **DIT_SIZES.get(name, {})}
     check_network(given, {**_DEFAULTS, **recipe})
     check_idle(given, {**_DEFAULTS, **recipe})
     config = TrainConfig(**{**recipe, **given, "recipe": name})
@@ -337,10 +368,10 @@ def merge_settings(
     return {**in_file, **by_flags}
 
 # %% ../../nbs/60_settings.ipynb #cbfbf4ef
-MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every", "evaluate_every",
-              "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp",
+MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every",
+              "evaluate", "evaluate_every", "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp",
               "max_skipped", "max_damaged", "data_dir", "workers",
-              "caption_cache")  # by --resume; the folder of a dataset, too
+              "caption_cache")  # by --resume; the folder of a dataset or of an encoder, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer
 
 def _contradiction(name, given, config, hint):
@@ -358,7 +389,8 @@ def change_config(
     for name, value in changes.items():
         if name in WITH_NEW_OPTIMIZER and fresh_at is None:
             raise _contradiction(name, value, config, "leave it out, or add --new-optimizer")
-        moved = name == "dataset" and data_kind(value) == data_kind(config.dataset)
+        kinds, before = MAY_MOVE.get(name, ()), getattr(config, name)
+        moved = data_kind(value, kinds) == data_kind(before, kinds)
         if not moved and name not in MAY_CHANGE + WITH_NEW_OPTIMIZER:
             raise _contradiction(name, value, config, "leave it out, or name another folder by --out")
     if fresh_at is not None:

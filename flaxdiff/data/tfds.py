@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'refuse_features', 'prepare_tfds', 'find_tfds', 'open_tfds', 'tfds_stream', 'get_dataset', 'file_stream',
            'digit_texts', 'encode_captions', 'check_options', 'check_encoder', 'data_kind', 'image_shape',
-           'check_source', 'check_data_dir']
+           'check_source', 'check_pictures', 'check_data_dir']
 
 # %% ../../nbs/37_tfds.ipynb #d45d0cf1
 import inspect
@@ -18,7 +18,7 @@ from typing import Any
 
 from .arrays import array_stream, read_idx_folder, read_npz, table_stream
 from .folder import FileStream, folder_stream, open_pictures
-from .pixels import PrepareImage
+from .pixels import PrepareImage, check_background
 from .stream import ImageStream, MixedStream, check_channels, digits_stream, load_digits
 from ..utils import check_choice, check_flag, check_positive_int, check_whole
 
@@ -165,6 +165,7 @@ def get_dataset(
     captions = check_flag("captions", captions) or encoder is not None
     check_source(name, split, data_dir, captions, crop, columns, workers)
     check_options(labels, max_damaged, encoder, cache)
+    check_pictures(threads, background)
     size, channels = image_shape(kind, image_scale, channels)
     line: dict[str, Any] = dict(seed=seed, host=host, hosts=hosts, validation=validation, part=part)
     if kind == "digits":
@@ -299,6 +300,15 @@ def check_source(
                          f"for name={name!r}")
 
 # %% ../../nbs/37_tfds.ipynb #a9480cd8
+def check_pictures(
+    threads,  # what was given
+    background,  # the same
+):
+    "A `ValueError` for what is none, of data in memory too: one call serves every kind of data."
+    if threads is not None:
+        check_positive_int("threads", threads)
+    check_background(background)
+
 def check_data_dir(
     kind,  # of data
     data_dir,  # what was given

@@ -2,9 +2,10 @@
 
 Read `step.training_step`, then `loop.run_loop`. What they use: `losses`, `ema`, `checkpoints`, `parallel`.
 """
+from .checkpoints import load_average
 from .facade import DiffusionTrainer, TrainedModel
 from .loop import TrainingDiverged
 from .step import Recipe, TrainState, ema_update, training_step
 
 __all__ = ["DiffusionTrainer", "Recipe", "TrainState", "TrainedModel", "TrainingDiverged", "ema_update",
-           "training_step"]
+           "load_average", "training_step"]

@@ -106,7 +106,7 @@ class Evaluation:
                  get_denoiser: Callable[[], Denoiser],  # the network as it is now
                  every: int,  # updates between two
                  last: int,  # the update after which there is no other: evaluated too
-                 held_out: HeldOutLoss | None = None,  # adds `validation_loss`
+                 held_out: HeldOutLoss | None = None,  # adds `validation_loss`, and the list `validation_levels`
                  evaluate: Callable[[Denoiser], dict] | None = None,  # adds its numbers
                  done: int = 0,  # updates made so far
                 ):
@@ -129,5 +129,6 @@ class Evaluation:
         if self.held_out is not None:
             sums, counts = self.levels = self.held_out(denoiser.params)
             row["validation_loss"] = float(sums.sum() / counts.sum())
+            row["validation_levels"] = [float(a / n) if n else None for a, n in zip(sums, counts)]
         if self.evaluate is not None:
             row.update(check_numbers(self.evaluate(denoiser), row))

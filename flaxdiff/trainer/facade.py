@@ -7,8 +7,9 @@ __all__ = ['WEIGHT_READERS', 'split_batch', 'check_shape', 'as_array', 'check_co
            'stack_batches', 'BatchReader', 'send_ahead', 'check_key', 'check_devices', 'check_rate', 'complete_options',
            'open_run', 'key_like', 'key_kinds', 'without_types', 'with_types', 'step_without_types', 'StateOnDevices',
            'check_like', 'read_weights', 'has_checkpoints', 'align_record', 'last_rate', 'checkpoint_loss',
-           'initialize_trainer', 'forget', 'check_begun', 'write_down', 'make_evaluation', 'make_callbacks',
-           'fit_trainer', 'save_trainer', 'check_widths', 'restore_trainer', 'TrainerOptions', 'DiffusionTrainer']
+           'initialize_trainer', 'first_state', 'forget', 'check_begun', 'write_down', 'make_evaluation',
+           'make_callbacks', 'fit_trainer', 'save_trainer', 'check_widths', 'restore_trainer', 'TrainerOptions',
+           'DiffusionTrainer']
 
 # %% ../../nbs/46_trainer.ipynb #72833bff
 import dataclasses
@@ -18,12 +19,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
+from jax.sharding import Mesh
 
 from ..data.prefetch import prefetch_to_device
 from ..denoiser import Denoiser
@@ -38,7 +41,7 @@ from .loop import (DivergenceGuard, PendingMetrics, PreemptionFlag, ProgressBar,
                                    RunCheckpoints, TrainingDiverged, TrainingRecord, finite_mean, move_to,
                                    run_loop)
 from .losses import level_edges
-from .parallel import DataParallel
+from .parallel import DataParallel, fsdp_sharding
 from .step import (Recipe, TrainState, check_function, init_state, null_rows, start_state,
                                    training_step, unread_conditions)
 from ..utils import as_key, check_choice, check_flag, check_images, check_positive_int, check_real
@@ -68,7 +71,8 @@ def split_batch(
         parts = f", and in {accumulate} parts on each" if accumulate > 1 else ""
         raise ValueError(f"the batch must divide among {devices} devices{parts}, got {len(image)} images")
     check_labels(conditions, null)
-    return image, {name: check_condition(name, rows, len(image)) for name, rows in conditions.items()}
+    is_first = image_shape is None
+    return image, {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
 
 def check_shape(
     shape: tuple[int, ...],  # (H, W, C) of a batch
@@ -92,6 +96,7 @@ def check_condition(
     name: str,  # its key in the batch
     rows: Any,  # what was given
     images: int,  # how many there are
+    is_first: bool = True,  # whether no batch came before
 ) -> Any:
     "An array of finite numbers with a row for each image; else a `ValueError` that names the condition."
     rows = as_array(rows)
@@ -99,15 +104,19 @@ def check_condition(
         raise ValueError(f"{name} must be numbers, got {rows.dtype}; text is encoded before training")
     if rows.shape[:1] != (images,):
         raise ValueError(f"{name} must have one row for each of the {images} images, got shape {rows.shape}")
-    if jnp.issubdtype(rows.dtype, jnp.floating) and not np.isfinite(np.asarray(rows, np.float32)).all():
+    is_here = is_first or isinstance(rows, np.ndarray)  # what lies on a device stays there: the step skips NaN
+    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+    if is_here and is_float and not np.isfinite(np.asarray(rows, np.float32)).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     return rows
 
 # %% ../../nbs/46_trainer.ipynb #c2c00f96
-class ReadyBatch(NamedTuple):
-    "A batch that was checked, with the leading axis of a call; perhaps on its way to the device."
+@struct.dataclass
+class ReadyBatch:
+    "A batch that was checked, with the leading axis of a call; perhaps cut, and on its way to the devices."
     image: Any  # (1, b, H, W, C)
     conditions: dict  # of arrays (1, b, …)
+    rows: int = struct.field(pytree_node=False)  # b, of this host's share
 
 def make_ready(
     image: Any,  # (b, H, W, C)
@@ -116,17 +125,18 @@ def make_ready(
     "A copy, so that the data may use their memory again."
     def add_axis(x):
         return x[None] if isinstance(x, jax.Array) else np.stack([x])
-    return ReadyBatch(*jax.tree.map(add_axis, (image, conditions)))
+    return ReadyBatch(*jax.tree.map(add_axis, (image, conditions)), rows=len(image))
 
 def stack_batches(
     batches: Sequence[ReadyBatch],  # K of them, all of one shape
 ) -> tuple[np.ndarray, Any]:
     "(index, stack): the examples' places in the global batch, (K, b), and the batches with a leading axis."
-    K, b = len(batches), batches[0].image.shape[1]
+    K, b = len(batches), batches[0].rows
     index = np.broadcast_to(jax.process_index() * b + np.arange(b), (K, b))
     def join(*rows):
         return rows[0] if K == 1 else (jnp if isinstance(rows[0], jax.Array) else np).concatenate(rows)
-    return index, tuple(jax.tree.map(join, *batches))
+    joined = jax.tree.map(join, *batches)
+    return index, (joined.image, joined.conditions)
 
 # %% ../../nbs/46_trainer.ipynb #92cde5d3
 class BatchReader:
@@ -166,10 +176,14 @@ class BatchReader:
 
 def send_ahead(
     reader: BatchReader,  # of batches
-    devices: Sequence,  # that are trained on
+    trainer: Any,  # the `DiffusionTrainer` that it belongs to
 ) -> Any:
-    "Its batches, an iterator; for a device alone each is sent there while the step before it runs."
-    return prefetch_to_device(reader, 1, devices[0]) if len(devices) == 1 else reader
+    "Its batches, an iterator; each is sent to the devices while the step before it runs."
+    if len(trainer.devices) == 1:
+        return prefetch_to_device(reader, 1, trainer.devices[0])
+    if trainer.steps_per_dispatch > 1:  # several are joined into one before they are cut
+        return reader
+    return prefetch_to_device(reader, 1, lambda batch: trainer.training.parallel.share(batch))
 
 # %% ../../nbs/46_trainer.ipynb #fc30f5b0
 def check_key(
@@ -297,9 +311,11 @@ class StateOnDevices:
         "Go on from here."
         plain = without_types(state)
         self.copies = self.parallel.replicate(plain)
-        self.whole: Any = jax.device_get(plain) if self.is_apart else None  # of this very step, once together
+        self.whole: Any = None  # of this very step, once it was put together
         self.lent: set[str] = set()  # the fields that somebody outside may hold
         self.step = int(state.step)
+        if self.is_apart:
+            self.look()
 
     def look(self) -> TrainState:
         """One copy of it with typed keys as numbers, not to be kept: the next step uses it up.
@@ -435,7 +451,7 @@ def initialize_trainer(
     image, conditions = trainer.split_batch(batch)
     recipe = trainer.make_recipe()
     null_rows(recipe, conditions)  # a ValueError where conditions are to be dropped and cannot be
-    state = init_state(recipe, trainer.key, image, conditions)
+    state = first_state(trainer, recipe, image, conditions)
     if conditions and (unread := unread_conditions(recipe, state.params, image, conditions)):
         raise ValueError(f"the network takes {unread[0]!r} and never reads it; leave it out of the batch")
     shape = tuple(image.shape[1:])
@@ -445,6 +461,23 @@ def initialize_trainer(
     trainer.training = StateOnDevices(step, state, trainer.devices, trainer.how, trainer.fsdp)
     forget(trainer)
     return trainer.training
+
+def first_state(
+    trainer: Any,  # a `DiffusionTrainer`
+    recipe: Recipe,  # what is to be trained
+    image: Any,  # (B, H, W, C); only shape and dtype matter
+    conditions: dict,  # of arrays (B, …)
+) -> TrainState:
+    "S₀; where it is to be cut over several devices, none of them ever holds all of it."
+    make = partial(init_state, recipe, image=image[:1],
+                   conditioning={name: rows[:1] for name, rows in conditions.items()})
+    if not trainer.fsdp or len(trainer.devices) == 1:
+        return make(trainer.key)
+    place = fsdp_sharding(jax.eval_shape(make, trainer.key), Mesh(np.array(trainer.devices), ("data",)))
+    kind = jax.random.key_impl(trainer.key)
+    numbers = np.asarray(jax.random.key_data(trainer.key))  # the same on every host
+    return jax.jit(lambda numbers: make(jax.random.wrap_key_data(numbers, impl=kind)),
+                   out_shardings=place)(numbers)
 
 def forget(
     trainer: Any,  # a `DiffusionTrainer`
@@ -475,7 +508,7 @@ def make_evaluation(
     trainer: Any,  # a `DiffusionTrainer`
     validation: Any,  # images held out, or a dict with `image` and conditions, or None
     evaluate: Callable[[Denoiser], dict] | None,  # the averaged denoiser -> numbers by name
-    every: int | None,  # updates between two; an epoch by default
+    every: int | None,  # updates between two; by default those between checkpoints, else an epoch
     epoch: int,  # updates in an epoch
     total: int,  # updates to come
 ) -> Evaluation | None:
@@ -493,7 +526,8 @@ def make_evaluation(
         image, conditions = split_batch(validation, trainer.model.image_shape)
         held_out = HeldOutLoss(trainer.make_recipe(), image, conditions)
     last = trainer.steps_done + total
-    return Evaluation(lambda: trainer.denoiser, every or epoch, last, held_out, evaluate, trainer.steps_done)
+    every = every or trainer.checkpoint_every or epoch
+    return Evaluation(lambda: trainer.denoiser, every, last, held_out, evaluate, trainer.steps_done)
 
 # %% ../../nbs/46_trainer.ipynb #235a4351
 def make_callbacks(
@@ -533,7 +567,7 @@ def fit_trainer(
     bar = ProgressBar(record, total, str(trainer.name), show)
     watchers = make_callbacks(trainer, bar, callbacks, on_report)
     reader = BatchReader(trainer, data, total)
-    feed = send_ahead(reader, trainer.devices)
+    feed = send_ahead(reader, trainer)
     save = None if saver is None else partial(trainer.save, feed)
     trainer.preempted = False
     try:
@@ -729,7 +763,7 @@ class DiffusionTrainer(TrainerOptions):
             on_report: Callable[[dict], Any] | None = None,  # called last with each new row of `history`
             callbacks: Sequence[Callable[[dict], Any]] = (),  # called with each new row; they may add to it
             validation: Any = None,  # images held out, or a dict with `image` and conditions
-            evaluate_every: int | None = None,  # steps between evaluations; once an epoch by default
+            evaluate_every: int | None = None,  # steps between two; by default `checkpoint_every`, or an epoch
             evaluate: Callable[[Denoiser], dict] | None = None,  # the averaged denoiser -> numbers by name
            ) -> TrainState:
         "epochs × steps_per_epoch more updates: the last `TrainState`. SIGTERM saves and sets `preempted`."

@@ -61,8 +61,10 @@ def put_on_mesh(
     x: Any,  # an array, the same on every host
     sharding: NamedSharding,  # where it is to lie
 ) -> jax.Array:
-    "The array on the devices of all hosts; each host puts the parts of its own devices there."
-    whole = np.array(x)  # a copy: a donated state's memory is used again
+    "A copy on the devices of all hosts, as a donated state's memory is used again."
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+        return jnp.copy(x)
+    whole = np.array(x)  # each host puts the parts of its own devices there
     return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
 def state_sharding(
@@ -96,6 +98,7 @@ class DataParallel:
         self.mesh = Mesh(np.array(self.devices), ("data",))
         self.hosts = len({d.process_index for d in self.devices})
         self.alone = len(self.devices) == 1
+        self.place = self.place_of_shares()
         self.program = compile_for(step, self.devices, how, self.mesh, fsdp)
 
     def __call__(self,
@@ -104,28 +107,42 @@ class DataParallel:
                  index: Any,  # (K, b): the examples' places in the global batch, of this host's share
                  batch: Any,  # a tree of (K, b, …): this host's share of K batches
                 ) -> tuple[Any, Any]:
-        "K steps: (the new state, the metrics of each step)."
+        "K steps: (the new state, the metrics of each step). A batch of `share` is taken as it is."
         state, metrics = self.program(state, np.asarray(key), *self.share((index, batch)))
         if not self.alone and self.devices[0].platform == "cpu":
             jax.block_until_ready(metrics)  # two steps' collectives at once deadlock there
         return state, self.one_copy(metrics)
 
-    def share(self,
-              tree: Any,  # of (K, b, …)
-             ) -> Any:
-        "What each device of this host gets of it; `ValueError` where b does not divide."
+    def place_of_shares(self) -> Any:
+        "Where a batch lies: on the one device, or cut over those of this host (pmap) or of all hosts."
         if self.alone:
-            return tree
-        n, b = len(self.here), jax.tree.leaves(tree)[0].shape[1]
+            return self.devices[0]
+        if self.how == "pmap":  # (n, K, b/n, …)
+            return NamedSharding(Mesh(np.array(self.here), ("data",)), PartitionSpec("data"))
+        return NamedSharding(self.mesh, PartitionSpec(None, "data"))
+
+    def share(self,
+              tree: Any,  # of (K, b, …): this host's share of K batches
+             ) -> Any:
+        "The same on its way to the devices, cut among them; `ValueError` where b does not divide."
+        if self.alone:
+            return jax.device_put(tree, self.place)
+        return jax.tree.map(self.share_leaf, tree)
+
+    def share_leaf(self,
+                   x: Any,  # (K, b, …), or what this made of it
+                  ) -> jax.Array:
+        "The array on its way to the devices."
+        if isinstance(x, jax.Array) and x.sharding == self.place:
+            return x
+        x, n = np.asarray(x), len(self.here)
+        K, b, *rest = x.shape
         if b % n:
             whose = " of this host" if self.hosts > 1 else ""
             raise ValueError(f"the batch must divide among {n} devices{whose}, got {b} images")
-        if self.how == "pmap":  # (n, K, b/n, …)
-            def cut(x):
-                return np.swapaxes(np.reshape(x, (len(x), n, b // n, *np.shape(x)[2:])), 0, 1)
-            return jax.tree.map(cut, tree)
-        place = NamedSharding(self.mesh, PartitionSpec(None, "data"))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), tree)
+        if self.how == "pmap":
+            return jax.device_put(np.swapaxes(x.reshape(K, n, b // n, *rest), 0, 1), self.place)
+        return jax.make_array_from_process_local_data(self.place, x)
 
     def replicate(self,
                   tree: Any,  # of arrays, the same on every host
