@@ -227,8 +227,9 @@ class Class:
             if isinstance(s, ast.AnnAssign): name, value = s.target.id, self.module.source(s.value)
             elif isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name): name, value = s.targets[0].id, self.module.source(s.value)
             else: continue
-            if given := re.search(r"\bdefault=(.*?)\)?$", value) if "field(" in value else None: value = given[1].rstrip(" ,)")
-            elif given := re.search(r"default_factory=(.*?)\)?$", value) if "field(" in value else None: value = f"{given[1].rstrip(' ,)')}()"
+            if re.match(r"[\w.]*field\(", value):
+                given = {k.arg: self.module.source(k.value) for k in s.value.keywords}
+                value = given.get("default") or (f"{given['default_factory']}()" if "default_factory" in given else "")
             comment = next((c for n in (s.end_lineno, s.lineno) if (c := self.module.comments.get(n))), "")
             note = Parameter(name, "", self.module.source(s.annotation) if isinstance(s, ast.AnnAssign) else "", value, comment)
             if not name.startswith("_"): found[name] = note
@@ -287,6 +288,14 @@ def interval(module, call, known):
     return f"{subject} must be a finite number{where}".replace("self.", "")
 
 
+def choices_of(module, node):
+    "The words that will do, where the code says them in so many words; else …"
+    place = resolve(module.name, node.id) if isinstance(node, ast.Name) else None
+    if place: node = getattr(modules()[place[0]].defined[place[1]], "value", None)
+    found = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+    return ", ".join(str(e.value) for e in found) if found and all(isinstance(e, ast.Constant) for e in found) else "…"
+
+
 def errors(module, function, known=None, depth=0):
     "(exception, words) of what a function raises, and of what the checks that it calls raise."
     known, stack = known or {}, list(reversed(function.body))
@@ -295,22 +304,25 @@ def errors(module, function, known=None, depth=0):
         if isinstance(node, (ast.FunctionDef, ast.Lambda)): continue
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             kind, said = module.source(node.exc.func), squeeze(message(module, node.exc.args[0], known))
-            said = re.split(r",? (?:but )?got\b|; |: …$", said)[0].rstrip(" ,:;…")
-            if kind != "NotImplementedError" and len(re.sub(r"\W|…", "", said)) > 12 and not said.startswith("…"): yield kind, said
+            said = re.split(r",? (?:but )?got\b|; |: …$", said)[0].rstrip(" ,:;")
+            said = re.sub(r"[,:] …$| \(…\)$", "", said)
+            if kind != "NotImplementedError" and len(re.sub(r"\W|…", "", said)) > 12 and not said.startswith("…") and not re.search(r"one of …$|=$", said): yield kind, said.replace("… …", "…")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith("check_") and depth < 3:
             place = resolve(module.name, node.func.id)
             subject = subject_of(module, node, known)
             if node.func.id in ("check_real", "check_shape") and not str(subject).startswith("…"):
                 if node.func.id == "check_real": yield "ValueError", interval(module, node, known)
-                elif isinstance(node.args[-1], ast.Tuple): yield "ValueError", f"{subject} must have shape {module.source(node.args[-1])}".replace("None", "any").replace("self.", "")
+                elif isinstance(node.args[-1], ast.Tuple) and not any(isinstance(n, ast.Starred) for n in node.args[-1].elts): yield "ValueError", f"{subject} must have shape {module.source(node.args[-1])}".replace("None", "any").replace("self.", "")
             elif node.func.id in ("check_real", "check_shape"): pass
             elif place and isinstance(called := modules()[place[0]].defined[place[1]], ast.FunctionDef):
                 there = modules()[place[0]]
                 said = {p.name: p.default for p in parameters(there, called)}
                 given = {**dict(zip(said, node.args)), **{k.arg: k.value for k in node.keywords if k.arg}}
-                for name, value in given.items(): said[name] = known.get(module.source(value), module.source(value) if name == "choices" or isinstance(value, ast.Constant) else "…")
+                for name, value in given.items():
+                    plainly = choices_of(module, value) if name == "choices" else module.source(value) if isinstance(value, ast.Constant) else "…"
+                    said[name] = known.get(module.source(value), plainly)
                 words = {name: str(value).strip("\"'") for name, value in said.items() if value}
-                if "choices" in words: words["', '.join(map(str, choices))"] = re.sub(r"[()\"']|,$", "", words["choices"])
+                words["', '.join(map(str, choices))"] = words.get("choices", "…").strip("()")
                 yield from errors(there, called, words, depth + 1)
         stack += reversed(list(ast.iter_child_nodes(node)))
 
@@ -438,14 +450,23 @@ def chapter(notebook, to=""):
     return f"[{book()[0][re.sub(r'^[0-9]+_|[.]ipynb$', '', notebook)]['called']}]({notebook}{'#' + to if to else ''})"
 
 
-def cited(text):
-    "The text with a link at each work that the bibliography knows."
+@cache
+def works_of(notebook):
+    "The works among a chapter's references."
+    text = "".join(notebooks()[notebook][-1]["source"]) if notebook in notebooks() else ""
+    return [w for w in book()[1] if re.search(w["seen"], text, re.I) and ("arxiv" in w or "doi" in w)]
+
+
+def cited(text, notebook):
+    "The text with a link at each work that is the only one of its authors and year in the chapter's references."
     def one(m):
-        found = [w for w in book()[1] if w["cite"].startswith(m[1]) and m[2] in w["cite"] and ("arxiv" in w or "doi" in w)]
+        found = [w for w in works_of(notebook) if w["cite"].startswith(m[1]) and m[2] in w["cite"]]
         if len(found) != 1: return m[0]
         url = "https://arxiv.org/abs/" + found[0]["arxiv"] if "arxiv" in found[0] else "https://doi.org/" + found[0]["doi"].replace("(", "%28").replace(")", "%29")
         return f"[{m[0]}]({url})"
-    return re.sub(r"\b([A-Z][\w-]+)(?: et al\.| & [A-Z][\w-]+)? ((?:19|20)\d\d)[a-z]?\b", one, text)
+    parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)
+    parts[::2] = [re.sub(r"\b([A-Z][\w-]+)(?: et al\.| & [A-Z][\w-]+)? ((?:19|20)\d\d)[a-z]?\b", one, p) for p in parts[::2]]
+    return "".join(parts)
 
 
 def plain(text):
@@ -457,7 +478,7 @@ def plain(text):
         parts[::2] = [re.sub(r"([*^~$|])", r"\\\1", p).replace("<", "&lt;") for p in parts[::2]]
         return "".join(parts)
     parts = re.split(r"`([^`]*)`", text)
-    return "".join(code(p) if i % 2 else cited(prose(p)) for i, p in enumerate(parts))
+    return "".join(code(p) if i % 2 else prose(p) for i, p in enumerate(parts))
 
 
 def docstring(node):
@@ -575,7 +596,7 @@ def entry_text(entry):
     if m.notebook: links.append(f"it is derived in {chapter(m.notebook, anchor(name) if isinstance(entry.node, (ast.ClassDef, ast.FunctionDef)) else '')}")
     shown = "" if entry.alias_of else example(entry)
     if shown: ex = f"For example, in {chapter(shown[0])}:\n\n{fence(shown[1])}"
-    return joined(f"### {name}", body, inherited, "; ".join(links) + ".", ex, *methods)
+    return cited(joined(f"### {name}", body, inherited, "; ".join(links) + ".", ex, *methods), m.notebook)
 
 
 # ---------------------------------------------------------------- pages
@@ -591,7 +612,7 @@ def folded(helpers):
     def line(e):
         if isinstance(e.node, (ast.ClassDef, ast.FunctionDef)): return docstring(e.node)[0]
         return plain(e.module.comments.get(e.node.end_lineno) or e.module.comments.get(e.node.lineno) or "A constant.")
-    rows = [(f"<code>{e.name}</code>", line(e) + (f" ({chapter(e.module.notebook)})" if e.module.notebook else "")) for e in helpers]
+    rows = [(f"<code>{e.name}</code>", cited(line(e), e.module.notebook) + (f" ({chapter(e.module.notebook)})" if e.module.notebook else "")) for e in helpers]
     return joined("## Helpers", f"<details><summary>{len(rows)} names that serve their own module alone</summary>", table("name", rows), "</details>")
 
 
