@@ -113,7 +113,9 @@ class Module:
             if not isinstance(s, ast.ImportFrom): continue
             home = self.package.split(".")
             base = ".".join([*home[:len(home) - s.level + 1], *filter(None, [s.module])]) if s.level else s.module
-            if base.split(".")[0] == "flaxdiff": found.update({a.asname or a.name: (base, a.name) for a in s.names})
+            if base.split(".")[0] != "flaxdiff": continue
+            names = {n: n for n in modules()[base].offered} if s.names[0].name == "*" else {a.asname or a.name: a.name for a in s.names}
+            found.update({here: (base, there) for here, there in names.items()})
         return found
 
     @cached_property
@@ -259,6 +261,13 @@ class Class:
 
 # ---------------------------------------------------------------- errors
 
+@dataclass
+class Place:
+    "Where something is defined."
+    module: Module
+    node: ast.AST
+
+
 def message(module, node, known):
     "The words of an error up to what came; `known` says what the names in them stand for."
     if isinstance(node, ast.BinOp): return message(module, node.left, known) + message(module, node.right, known)
@@ -296,34 +305,47 @@ def choices_of(module, node):
     return ", ".join(str(e.value) for e in found) if found and all(isinstance(e, ast.Constant) for e in found) else "…"
 
 
+def said_by(module, node, known):
+    "(exception, words) of one `raise`, cut where it says what came; nothing where too little is left."
+    kind, said = module.source(node.exc.func), squeeze(message(module, node.exc.args[0], known))
+    said = re.split(r",? (?:but )?got\b|; ", said)[0].rstrip(" ,:;")
+    said = re.sub(r"[,:] …$| \(…\)$", "", said).replace("… …", "…")
+    bare = kind == "NotImplementedError" or said.startswith("…") or re.search(r"one of …$|=$", said) or len(re.sub(r"\W", "", said)) < 13
+    if not bare: yield kind, said
+
+
+def asked_by(module, call, known):
+    "The same of a call of `check_real` or `check_shape`, whose words are put together when they run."
+    subject, last = subject_of(module, call, known), call.args[-1]
+    if str(subject).startswith("…"): return
+    if call.func.id == "check_real": yield "ValueError", interval(module, call, known)
+    elif isinstance(last, ast.Tuple) and not any(isinstance(n, ast.Starred) for n in last.elts):
+        yield "ValueError", f"{subject} must have shape {module.source(last)}".replace("None", "any").replace("self.", "")
+
+
+def handed_on(module, called, call, known):
+    "What the parameters of a called function stand for in its words."
+    said = {p.name: p.default for p in parameters(called.module, called.node)}
+    for name, value in {**dict(zip(said, call.args)), **{k.arg: k.value for k in call.keywords if k.arg}}.items():
+        plainly = choices_of(module, value) if name == "choices" else module.source(value) if isinstance(value, ast.Constant) else "…"
+        said[name] = known.get(module.source(value), plainly)
+    words = {name: str(value).strip("\"'") for name, value in said.items() if value}
+    return {**words, "', '.join(map(str, choices))": words.get("choices", "…").strip("()")}
+
+
 def errors(module, function, known=None, depth=0):
-    "(exception, words) of what a function raises, and of what the checks that it calls raise."
+    "(exception, words) of what a function raises, its module's other functions and the checks that it calls among it."
     known, stack = known or {}, list(reversed(function.body))
     while stack:
         node = stack.pop()
         if isinstance(node, (ast.FunctionDef, ast.Lambda)): continue
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            kind, said = module.source(node.exc.func), squeeze(message(module, node.exc.args[0], known))
-            said = re.split(r",? (?:but )?got\b|; |: …$", said)[0].rstrip(" ,:;")
-            said = re.sub(r"[,:] …$| \(…\)$", "", said)
-            if kind != "NotImplementedError" and len(re.sub(r"\W|…", "", said)) > 12 and not said.startswith("…") and not re.search(r"one of …$|=$", said): yield kind, said.replace("… …", "…")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith("check_") and depth < 3:
-            place = resolve(module.name, node.func.id)
-            subject = subject_of(module, node, known)
-            if node.func.id in ("check_real", "check_shape") and not str(subject).startswith("…"):
-                if node.func.id == "check_real": yield "ValueError", interval(module, node, known)
-                elif isinstance(node.args[-1], ast.Tuple) and not any(isinstance(n, ast.Starred) for n in node.args[-1].elts): yield "ValueError", f"{subject} must have shape {module.source(node.args[-1])}".replace("None", "any").replace("self.", "")
-            elif node.func.id in ("check_real", "check_shape"): pass
-            elif place and isinstance(called := modules()[place[0]].defined[place[1]], ast.FunctionDef):
-                there = modules()[place[0]]
-                said = {p.name: p.default for p in parameters(there, called)}
-                given = {**dict(zip(said, node.args)), **{k.arg: k.value for k in node.keywords if k.arg}}
-                for name, value in given.items():
-                    plainly = choices_of(module, value) if name == "choices" else module.source(value) if isinstance(value, ast.Constant) else "…"
-                    said[name] = known.get(module.source(value), plainly)
-                words = {name: str(value).strip("\"'") for name, value in said.items() if value}
-                words["', '.join(map(str, choices))"] = words.get("choices", "…").strip("()")
-                yield from errors(there, called, words, depth + 1)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args: yield from said_by(module, node, known)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name = node.func.id
+            if name in ("check_real", "check_shape"): yield from asked_by(module, node, known)
+            elif (place := resolve(module.name, name)) and depth < 4 and (place[0] == module.name or name.startswith("check_")):
+                called = Place(modules()[place[0]], modules()[place[0]].defined[place[1]])
+                if isinstance(called.node, ast.FunctionDef): yield from errors(called.module, called.node, handed_on(module, called, node, known), depth + 1)
         stack += reversed(list(ast.iter_child_nodes(node)))
 
 
@@ -570,7 +592,7 @@ def constant_text(entry):
     m, s = entry.module, entry.node
     comment = m.comments.get(s.end_lineno) or m.comments.get(s.lineno) or ""
     value = m.cut(s)
-    short = value if value.count("\n") < 8 and "lambda" not in value else value.split("\n")[0].split("#")[0].rstrip(" (,") + " …"
+    short = value if value.count("\n") < 8 and not re.search(r"\blambda\b[^\"']", value) else value.split("\n")[0].split("#")[0].rstrip(" (,") + " …"
     if comment and short == value and value.count("\n") == 0: short = value
     said = plain(comment[:1].upper() + comment[1:]) if comment else ""
     return joined(fence(short), said and said.rstrip(".") + ".")
@@ -675,6 +697,7 @@ def first_page():
     "What the reference is, its pages, and all names by the alphabet."
     yield cell("title", "# Reference\n\n> Every public name of the library, with its signature, shapes, units, errors and source.")
     yield cell("about", "The pages below are made from the code, so they say what the code does today. Each name links to the chapter that derives it, and each chapter to its names here. "
+                        "Shapes are given by letters, B images of H by W pixels and C channels; units stand behind the parameters; an error is quoted up to the value that came, with … for what it depends on. "
                         "If you know a name from a paper, from k-diffusion or from diffusers, look it up where the book has the tables: [solvers by their names elsewhere](24_which.ipynb#names), "
                         f"{chapter('22_dpm_solver.ipynb')}, {chapter('77_diffusers.ipynb')}; letters are in [the notation](81_notation.ipynb), words in [the glossary](82_glossary.ipynb), "
                         "papers in [the bibliography](83_bibliography.ipynb).")

@@ -140,7 +140,7 @@ class NoiseFrame(LambdaFrame):
         return eps
 
 # %% ../../nbs/13_frames.ipynb #c4f3764f
-FRAMES = {"sigma": SigmaFrame(), "angle": AngleFrame(), "lambda": LambdaFrame()}  # by name
+FRAMES = {"sigma": SigmaFrame(), "angle": AngleFrame(), "lambda": LambdaFrame()}  # the frames by their names
 
 def make_frame(
     frame,  # "sigma", "angle", "lambda", a `Frame`, or None: σ/α where α ≡ 1, the angle elsewhere
