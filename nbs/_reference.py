@@ -467,6 +467,11 @@ def book():
     return chapters, tomllib.loads((NBS / "_works.toml").read_text(encoding="utf-8"))["work"]
 
 
+def notebook_of(name):
+    "The file of a chapter."
+    return next(f.name for f in NBS.glob("[0-9]*_*.ipynb") if re.sub(r"^\d+_", "", f.stem) == name)
+
+
 def chapter(notebook, to=""):
     "A link to a chapter in the words that the book has for it."
     return f"[{book()[0][re.sub(r'^[0-9]+_|[.]ipynb$', '', notebook)]['called']}]({notebook}{'#' + to if to else ''})"
@@ -593,7 +598,6 @@ def constant_text(entry):
     comment = m.comments.get(s.end_lineno) or m.comments.get(s.lineno) or ""
     value = m.cut(s)
     short = value if value.count("\n") < 8 and not re.search(r"\blambda\b[^\"']", value) else value.split("\n")[0].split("#")[0].rstrip(" (,") + " …"
-    if comment and short == value and value.count("\n") == 0: short = value
     said = plain(comment[:1].upper() + comment[1:]) if comment else ""
     return joined(fence(short), said and said.rstrip(".") + ".")
 
@@ -665,9 +669,8 @@ def command_cells():
     if str(LIBRARY.parent) not in sys.path: sys.path.insert(0, str(LIBRARY.parent))
     for command, (module, make, name) in PARSERS.items():
         parser = getattr(importlib.import_module(f"flaxdiff.cli.{module}"), make)()
-        home = next(n for n in notebooks() if re.sub(r"^\d+_", "", n) == f"{name}.ipynb")
         usage = squeeze(parser.format_usage().removeprefix("usage:")) if parser.usage else f"{command} VERB …"
-        yield cell(command, joined(f"## {command}", fence(usage).replace("python", "sh", 1), plain(squeeze(parser.description or "")), f"It is explained in {chapter(home)}.",
+        yield cell(command, joined(f"## {command}", fence(usage).replace("python", "sh", 1), plain(squeeze(parser.description or "")), f"It is explained in {chapter(notebook_of(name))}.",
                                    flags(parser, f"{command} "), plain(squeeze((parser.epilog or "").replace("%%", "%")))))
 
 
@@ -681,13 +684,14 @@ def room_cells(room):
     yield cell("about", f"This page is made from the code: {sum(map(len, public.values()))} names with their signatures, parameters and errors. The chapters derive them: {', '.join(chapters)}. "
                         "[All names](reference.ipynb#all-names) are listed on the first page of the reference.")
     if room == "commands": yield from command_cells()
-    taken = Counter()
+    taken = set()
     for m, some in public.items():
         if not some: continue
         here = modules()[m]
         yield cell(f"m-{m}", joined(f"## {m}", plain(here.doc)))
         for entry in some:
-            if taken[entry.name.lower()]: raise SystemExit(f"{entry.name} stands twice on the page of {room}")
+            if anchor(entry.name) in taken: raise SystemExit(f"{entry.name} stands twice on the page of {room}, where no link could tell them apart")
+            taken.add(anchor(entry.name))
             yield cell(f"n-{m.rpartition('.')[2]}-{entry.name}", entry_text(entry))
     helpers = [e for some in found.values() for e in some if not e.public]
     if helpers: yield cell("helpers", folded(helpers))
@@ -698,9 +702,9 @@ def first_page():
     yield cell("title", "# Reference\n\n> Every public name of the library, with its signature, shapes, units, errors and source.")
     yield cell("about", "The pages below are made from the code, so they say what the code does today. Each name links to the chapter that derives it, and each chapter to its names here. "
                         "Shapes are given by letters, B images of H by W pixels and C channels; units stand behind the parameters; an error is quoted up to the value that came, with … for what it depends on. "
-                        "If you know a name from a paper, from k-diffusion or from diffusers, look it up where the book has the tables: [solvers by their names elsewhere](24_which.ipynb#names), "
-                        f"{chapter('22_dpm_solver.ipynb')}, {chapter('77_diffusers.ipynb')}; letters are in [the notation](81_notation.ipynb), words in [the glossary](82_glossary.ipynb), "
-                        "papers in [the bibliography](83_bibliography.ipynb).")
+                        "If you know a name from a paper, from k-diffusion or from diffusers, look it up where the book has the tables: "
+                        f"[solvers by their names elsewhere]({notebook_of('which')}#names), {chapter(notebook_of('dpm_solver'))}, {chapter(notebook_of('diffusers'))}; letters are in "
+                        f"[the notation]({notebook_of('notation')}), words in [the glossary]({notebook_of('glossary')}), papers in [the bibliography]({notebook_of('bibliography')}).")
     rows = []
     for room, (title, promise, _) in ROOMS.items():
         some = [e for entries_ in shelves()[room].values() for e in entries_ if e.public]
