@@ -454,7 +454,7 @@ SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "midpoint": MidpointSamp
             "lms": LMSSampler, "plms": PLMSSampler,
             "pndm": PNDMSampler, "multistep-dpm": MultiStepDPM, "dpm-solver": DPMSolverSampler,
             "dpm-solver++": DPMSolverPlusPlusSampler, "unipc": UniPCSampler, "deis": DEISSampler,
-            "flow-map": FlowMapSampler}  # by the names that commands and `PretrainedModel.sampler` know
+            "flow-map": FlowMapSampler}  # by the names that models and commands know
 
 SizedNetwork = TrainedModel  # its name here, once
 

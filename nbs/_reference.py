@@ -446,13 +446,18 @@ def room_of(module):
 
 @cache
 def shelves():
-    "{room: {module: [Entry]}}."
+    "{room: {module: [Entry]}}, in the order of the chapters, and what a package offers first."
     found = {room: {} for room in ROOMS}
-    for entry in sorted(entries().values(), key=lambda e: e.module.notebook or "99"): found[room_of(entry.module.name)].setdefault(entry.module.name, []).append(entry)
+    for entry in sorted(entries().values(), key=lambda e: (e.module.notebook or "99", not e.faces)): found[room_of(entry.module.name)].setdefault(entry.module.name, []).append(entry)
     return found
 
 
 def page(room): return f"reference_{room}.ipynb"
+
+
+def title_of(module):
+    "The heading of a module's names: short, and never that of one of them."
+    return name if "." in (name := module.removeprefix("flaxdiff.")) else module
 
 
 def anchor(title): return re.sub(r"[^\w.-]", "", title.lower().replace(" ", "-"))
@@ -500,7 +505,7 @@ def plain(text):
     "A docstring or comment as Markdown that shows what it says."
     def code(s): return "<code>" + s.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;") + "</code>" if "|" in s or "<" in s else f"`{s}`"
     def prose(s):
-        s = re.sub(r"(?<![\w-])(--[a-z][\w-]*)", "`\\1`", s)
+        s = re.sub(r"(?<![\w-])--[a-z][\w-]*|[.\w]*\([^()]*\*\*?\w[^()]*\)|[\w.]+ ?\*\* ?[-\w.]+", "`\\g<0>`", s)  # flags, calls with stars, powers
         parts = re.split(r"(`[^`]*`)", s)
         parts[::2] = [re.sub(r"([*^~$|])", r"\\\1", p).replace("<", "&lt;") for p in parts[::2]]
         return "".join(parts)
@@ -688,7 +693,7 @@ def room_cells(room):
     for m, some in public.items():
         if not some: continue
         here = modules()[m]
-        yield cell(f"m-{m}", joined(f"## {m}", plain(here.doc)))
+        yield cell(f"m-{m}", joined(f"## {title_of(m)}", plain(here.doc)))
         for entry in some:
             if anchor(entry.name) in taken: raise SystemExit(f"{entry.name} stands twice on the page of {room}, where no link could tell them apart")
             taken.add(anchor(entry.name))
@@ -753,7 +758,7 @@ def look_up(notebook):
     if not names: return ""
     some, more = [f"`{n}`" for n in names[:3]], f"{len(names) - 3} more" if len(names) > 3 else ""
     last = more or (some.pop() if len(some) > 1 else "")
-    return f"**Look up** {', '.join(some)}{f' and {last}' if last else ''} in [the reference]({page(room_of(module.name))}#{anchor(module.name)})."
+    return f"**Look up** {', '.join(some)}{f' and {last}' if last else ''} in [the reference]({page(room_of(module.name))}#{anchor(title_of(module.name))})."
 
 
 def main():

@@ -92,7 +92,7 @@ def test_each_chapter_leads_to_its_names_and_back(cells):
         line = REFERENCE.look_up(notebook)
         if not line: continue
         page, _, place = re.search(r"\]\(([^)]*)\)", line)[1].partition("#")
-        assert (page, f"m-{module}".replace(".", "-")) in cells and place == module
+        assert (page, f"m-{module}".replace(".", "-")) in cells and place == REFERENCE.anchor(REFERENCE.title_of(module))
         assert any(f"]({notebook}" in text for (p, _), text in cells.items() if p == page), f"{page} never leads to {notebook}"
 
 
