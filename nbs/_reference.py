@@ -592,7 +592,8 @@ def class_text(entry):
         names = [n for n in base.members if not n.startswith(("_", "tree_")) and n not in cls.members and not any(n in c.members for c in cls.bases[:cls.bases.index(base)])]
         if names and (where := place_of(base)): inherited.append(f"[{base.name}]({where}): " + ", ".join(f"<code>{n}</code>" for n in names))
     bases = [f"[{b.name}]({w})" for b in cls.direct if (w := place_of(b))]
-    shown = f"class {cls.name}(Protocol)" if "Protocol" in map(cls.module.source, entry.node.bases) else signature(cls.name, params)
+    kind = ", ".join(map(cls.module.source, entry.node.bases))
+    shown = f"class {cls.name}({kind})" if kind == "Protocol" or kind.endswith("Error") else signature(cls.name, params)
     return joined(fence(shown), law, rest, bases and f"A kind of {', '.join(bases)}.", parameter_table(params), parameter_table(kept, "attribute"),
                   error_list(raised)), [method(cls, name) for name in own], inherited and "**From its bases** " + "; ".join(inherited) + "."
 
@@ -658,9 +659,9 @@ def flags(parser, prefix=""):
             if isinstance(a, argparse._SubParsersAction):
                 for verb, sub in a.choices.items(): parts.append(joined(f"#### {prefix}{verb}", plain(squeeze(sub.description or "")), flags(sub)))
                 continue
-            value = "" if a.nargs == 0 else " " + str(a.metavar or "|".join(map(str, a.choices or ())) or a.dest.upper())
-            names = [f"<code>{o}{value}</code>".replace("|", "&#124;") for o in a.option_strings] or [f"<code>{a.metavar or a.dest}</code>"]
-            choices = f" One of {', '.join(map(str, a.choices))}." if a.choices and a.metavar else ""
+            value = "" if a.nargs == 0 else " " + str(a.metavar or a.dest.upper())
+            names = [f"`{o}{value}`" for o in a.option_strings] or [f"`{a.metavar or a.dest}`"]
+            choices = f"; one of {', '.join(map(str, a.choices))}" if a.choices else ""
             rows.append((", ".join(names), plain(squeeze((a.help or "").replace("%%", "%")) + choices)))
         title = {"positional arguments": "", "options": ""}.get(group.title, group.title or "")
         by_place = not any(a.option_strings for a in group._group_actions)

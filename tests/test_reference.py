@@ -83,7 +83,7 @@ def test_every_name_of_a_package_and_of_the_contract_has_an_entry(cells):
 def test_methods_and_flags_can_be_looked_up(cells):
     text = "\n".join(cells.values()).replace("\\", "")
     assert not [f"{c}.{m}" for c, some in METHODS.items() for m in some if f"\n#### {c}.{m}\n" not in text]
-    assert not [flag for flag in COMMANDS if f"<code>{flag}" not in text]
+    assert not [flag for flag in COMMANDS if f"| `{flag}" not in text]
 
 
 def test_each_chapter_leads_to_its_names_and_back(cells):
