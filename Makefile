@@ -4,7 +4,7 @@
 # make parity  samplers, networks and pipelines beside diffusers and k-diffusion, text encoders beside transformers; installs PyTorch (make parity TORCH=torch==2.13.0 chooses one)
 # make bench   how fast: sampling, data, training, and all that beside diffusers, k-diffusion and the flaxdiff of PyPI; installs PyTorch, as parity does
 # make docs    build the site into _docs (with Quarto where it is installed, else with smalldocs)
-# make prepare before a commit: clean, export, run every chapter, README, test
+# make prepare before a commit: clean, export, run every chapter, reference, boxes, README, test
 # Each sets up what it needs in .venv; Python 3.11 or later, git and make are all it asks for.
 
 PYTHON ?= python3
@@ -53,9 +53,11 @@ docs: .venv/installed-dev
 
 prepare: .venv/installed-dev
 	$(BIN)/nbdev_export
-	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
+	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace index.ipynb [0-9]*.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python nbs/_reference.py
+	$(BIN)/python nbs/_book.py
 	$(BIN)/python nbs/_docs.py readme
 	$(MAKE) test
 

@@ -256,7 +256,7 @@ def draw_jumps(
     return t, *draw_ends(schedule, ends, t, levels, share_to_data)
 
 # %% ../nbs/28_distill.ipynb #1dde34f3
-WAYS_TO_DISTIL = ("consistency", "mean-flow", "shortcut")
+WAYS_TO_DISTIL = ("consistency", "mean-flow", "shortcut")  # what `distillation` takes as `by`
 
 def distilling_loss(
     by: str,  # one of `WAYS_TO_DISTIL`

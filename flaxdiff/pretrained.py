@@ -458,7 +458,7 @@ SAMPLERS = {"heun": HeunSampler, "euler": EulerSampler, "midpoint": MidpointSamp
             "lms": LMSSampler, "plms": PLMSSampler,
             "pndm": PNDMSampler, "multistep-dpm": MultiStepDPM, "dpm-solver": DPMSolverSampler,
             "dpm-solver++": DPMSolverPlusPlusSampler, "unipc": UniPCSampler, "deis": DEISSampler,
-            "flow-map": FlowMapSampler}
+            "flow-map": FlowMapSampler}  # by the names that models and commands know
 
 SizedNetwork = TrainedModel  # its name here, once
 
@@ -514,7 +514,7 @@ class PretrainedModel:
         return sampler
 
 # %% ../nbs/66_pretrained.ipynb #f4b61d6d
-SHIPPED = Path(str(files("flaxdiff"))) / "shipped"
+SHIPPED = Path(str(files("flaxdiff"))) / "shipped"  # the folder of the models that come with the package
 
 def shipped_models() -> list[str]:
     "The names of the models that come with the package."

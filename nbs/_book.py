@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent
+sys.path.insert(0, str(NBS))
+from _reference import look_up  # noqa: E402
 MAP = ["data", "noise", "network", "solver", "picture"]
 GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi pi rho varrho sigma varsigma tau phi
     varphi chi psi omega ell Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega""".split())
@@ -138,7 +140,8 @@ def box(
     here = "; ".join(f"{listed([f'${k}$' for k in split(key)])}, {means}" for key, means in chapter["here"].items())
     symbols = " ".join(filter(None, [f"{letters_}, as in {link('notation', book)}." if letters_ else "", f"Here only: {here}." if here else ""]))
     place = " → ".join(f"**{p}**" if p in chapter["place"] else p for p in MAP) + ("" if chapter["place"] else " (this page serves them all)")
-    return "\n\n".join([f"**You need** {needs}.", f"**Symbols** {symbols or 'none but those of the code.'}", f"**On the map** {place}"])
+    parts = [f"**You need** {needs}.", f"**Symbols** {symbols or 'none but those of the code.'}", look_up(files()[name]), f"**On the map** {place}"]
+    return "\n\n".join(filter(None, parts))
 
 
 def with_box(

@@ -74,7 +74,7 @@ def kernel(folder, python):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", sorted(p.name for p in NBS.glob("[!_.]*.ipynb")))
+@pytest.mark.parametrize("notebook", sorted(p.name for p in NBS.glob("[!_.]*.ipynb") if '"cell_type": "code"' in p.read_text(encoding="utf-8")))
 def test_runs_from_top_to_bottom(notebook, tmp_path):
     for source in [NBS / notebook, NBS / "images"]:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)

@@ -162,6 +162,7 @@ def anchors(chapter):
 
 
 def opens_in_colab(chapter):
+    if not chapter.code: return  # a page of the reference: there is nothing to run
     badges = re.findall(re.escape(SITE) + r"([^)\s]+)", "".join(cell["source"] for cell in chapter.prose))
     if badges[:1] != [f"{chapter.name}.ipynb"]: yield f"no badge that opens {chapter.name}.ipynb in Colab; found {badges[:1] or 'none'}"
     pins = re.findall(r"github\.com/flaxdiff/flaxdiff@v([\w.]+)", "".join(cell["source"] for cell in chapter.code))

@@ -21,7 +21,8 @@ x = 1</code></pre></div><p style="color: #eee; background: #fff">pale</p><div st
 <details open><summary>Solution</summary></details><div class="cell">x</div><p style="max-width: none">{LONG}</p><table style="width: 4000px"><td>1</td></table>
 <div class="sourceCode"><pre style="overflow: auto; white-space: pre !important">{LONG}</pre></div><script>console.warn("LaTeX-incompatible input")</script><script>document.querySelectorAll("link[rel~=icon], meta[property='og:image'], .toc-phone").forEach((e) => e.remove())</script>
 <span class="katex-html" style="position: relative"><span class="base">aaaa</span><span class="tag" style="position: absolute; left: 0">(1)</span></span>""".replace("{LONG}", "of the noise that is added " * 40)
-WORDS = {"DPM++ 2M": "dpm_solver.html", "alpha_bar": "betas.html", "ancestral": "ddim.html", "min-SNR": "loss.html", "inpaint": "inpainting.html", "img2img": "editing.html"}
+WORDS = {"DPM++ 2M": "dpm_solver.html", "alpha_bar": "betas.html", "ancestral": "ddim.html", "min-SNR": "loss.html", "inpaint": "inpainting.html", "img2img": "editing.html",
+         "EDMNoiseScheduler": "reference_schedulers.html", "take_next_step": "reference_samplers.html", "API": "reference.html"}
 MAX_PAGE = 1_500_000  # bytes: a page, its pictures and its own scripts
 
 

@@ -85,7 +85,7 @@ def rank_thirds(
     return thirds
 
 # %% ../../nbs/51_captions.ipynb #738752cc
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # in words
 WEIGHTS = ("thin", "", "thick")  # nothing is said of a middling weight
 LEANS = ("leaning left", "upright", "leaning right")
 NAMED = ((), ("weight",), ("lean",), ("weight", "lean"), ("weight", "hand", "lean"),

@@ -149,7 +149,7 @@ def check_mask(
     return jnp.asarray(values, jnp.float32)
 
 # %% ../../nbs/57_inpainting.ipynb #3a32dd60
-METHODS = "replace", "repaint", "guided"
+METHODS = "replace", "repaint", "guided"  # the three ways to fill a hole
 
 def inpaint(
     sampler: Any,  # a `DiffusionSampler`: any solver

@@ -210,4 +210,4 @@ class DiT(nn.Module):
 # %% ../../nbs/31_dit.ipynb #99959122
 DIT_SIZES = {"S": dict(width=384, depth=12, heads=6), "B": dict(width=768, depth=12, heads=12),
              "L": dict(width=1024, depth=24, heads=16),
-             "XL": dict(width=1152, depth=28, heads=16)}  # Peebles & Xie (2023), table 1
+             "XL": dict(width=1152, depth=28, heads=16)}  # the published sizes (Peebles & Xie 2023, table 1)

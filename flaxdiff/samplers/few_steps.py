@@ -204,7 +204,7 @@ class FewStepSampler(MultistepSampler):
 
         return (lambda theta: linearize(cast(theta), data)), (lambda theta: float(cost(cast(theta), data)))
 
-    follow = follow  # the function above, as a method
+    follow = follow  # the function of that name, as a method
 
     def fit(self,
             x,  # (B, …): noise at the first level, a few dozen samples

@@ -35,7 +35,7 @@ class Frame:
               alpha,  # α, any shape
               sigma,  # σ, the same shape
              ):
-        "x/y."
+        "What y is multiplied by to give x: x/y at a level."
         raise NotImplementedError(f"{type(self).__name__} must define scale(alpha, sigma)")
 
     def slope(self,
@@ -44,7 +44,7 @@ class Frame:
               alpha,  # α there, broadcastable to both
               sigma,  # σ there, the same
              ):
-        "f."
+        "f: the slope of y against z, or the answer that it is made of."
         raise NotImplementedError(f"{type(self).__name__} must define slope(x0, eps, alpha, sigma)")
 
     def kernel(self,
@@ -57,7 +57,7 @@ class Frame:
 class SigmaFrame(Frame):
     "y = x/α against z = σ/α: dy/dz = ε̂ (Song et al. 2021a, eq. 14; EDM's own frame where α ≡ 1)."
     def position(self, alpha, sigma):
-        "σ/α."
+        "z = σ/α."
         return sigma / alpha
 
     def ratio(self, z):
@@ -65,11 +65,11 @@ class SigmaFrame(Frame):
         return z
 
     def scale(self, alpha, sigma):
-        "α."
+        "α: y = x/α."
         return alpha
 
     def slope(self, x0, eps, alpha, sigma):
-        "ε̂."
+        "dy/dz = ε̂."
         return eps
 
 class AngleFrame(Frame):
@@ -81,11 +81,11 @@ class AngleFrame(Frame):
         return jnp.arctan2(sigma, alpha)
 
     def ratio(self, z):
-        "tan θ."
+        "σ/α = tan θ."
         return jnp.tan(z)
 
     def scale(self, alpha, sigma):
-        "√(α²+σ²)."
+        "√(α²+σ²): y = x/√(α²+σ²)."
         return jnp.hypot(alpha, sigma)
 
     def slope(self, x0, eps, alpha, sigma):
@@ -101,7 +101,7 @@ class LambdaFrame(AngleFrame):
         return jnp.log(alpha) - jnp.log(sigma)
 
     def ratio(self, z):
-        "exp(-λ)."
+        "σ/α = exp(-λ)."
         return jnp.exp(-z)
 
     def slope(self, x0, eps, alpha, sigma):
@@ -119,11 +119,11 @@ class DataFrame(LambdaFrame):
         self.rate = rate
 
     def scale(self, alpha, sigma):
-        "α."
+        "α: y = x/α."
         return alpha
 
     def slope(self, x0, eps, alpha, sigma):
-        "x̂₀."
+        "f = x̂₀; the frame's own part of dy/dλ is solved exactly."
         return x0
 
 class NoiseFrame(LambdaFrame):
@@ -132,15 +132,15 @@ class NoiseFrame(LambdaFrame):
     slope_is_prediction = True
 
     def scale(self, alpha, sigma):
-        "σ."
+        "σ: y = x/σ."
         return sigma
 
     def slope(self, x0, eps, alpha, sigma):
-        "ε̂."
+        "f = ε̂; the frame's own part of dy/dλ is solved exactly."
         return eps
 
 # %% ../../nbs/13_frames.ipynb #c4f3764f
-FRAMES = {"sigma": SigmaFrame(), "angle": AngleFrame(), "lambda": LambdaFrame()}  # by name
+FRAMES = {"sigma": SigmaFrame(), "angle": AngleFrame(), "lambda": LambdaFrame()}  # the frames by their names
 
 def make_frame(
     frame,  # "sigma", "angle", "lambda", a `Frame`, or None: σ/α where α ≡ 1, the angle elsewhere

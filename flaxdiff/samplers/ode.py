@@ -60,14 +60,14 @@ class RungeKuttaSampler(DiffusionSampler):
                  x,  # (B, …): samples
                  level,  # their `Level`
                 ):
-        "y."
+        "y: the samples in the coordinates of the frame."
         return x if self.y_is_x else x / per_image(self.frame.scale(level.alpha, level.sigma), x)
 
     def from_frame(self,
                    y,  # (B, …): samples in the frame
                    level,  # their `Level`
                   ):
-        "x."
+        "x: the samples, from their coordinates in the frame."
         return y if self.y_is_x else per_image(self.frame.scale(level.alpha, level.sigma), y) * y
 
     def slope(self,

@@ -78,7 +78,7 @@ class CosineGeneralNoiseScheduler(AngleNoiseScheduler):
         self.sigma_max = sigma_max
 
     def alpha(self, t: ArrayLike) -> jax.Array:
-        "1."
+        "α = 1 at every time."
         return jnp.ones_like(self.as_times(t))
 
     def sigma(self, t: ArrayLike) -> jax.Array:

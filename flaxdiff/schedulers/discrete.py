@@ -91,7 +91,7 @@ class DiscreteNoiseScheduler(NoiseScheduler):
         return self.as_times(t) * (1000 / self.max_timesteps)
 
     def from_network_time(self, temb: ArrayLike) -> jax.Array:
-        "T·temb/1000."
+        "t = T·temb/1000."
         return self.as_times(jnp.asarray(temb) * (self.max_timesteps / 1000))
 
 # %% ../../nbs/08_betas.ipynb #e8c7ed00

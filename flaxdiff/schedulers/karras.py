@@ -50,7 +50,7 @@ class KarrasVENoiseScheduler(NoiseScheduler):
         return as_floats("t", t, math.nextafter(first, 0), sys.float_info.max, due)
 
     def alpha(self, t: ArrayLike) -> jax.Array:
-        "1."
+        "α = 1 at every time."
         return jnp.ones_like(self.as_times(t))
 
     def sigma(self, t: ArrayLike) -> jax.Array:

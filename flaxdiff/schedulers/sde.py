@@ -65,7 +65,7 @@ class VPNoiseScheduler(NoiseScheduler):
         return self.max_timesteps * 2 * B / (self.beta_min + root)
 
     def alpha(self, t: ArrayLike) -> jax.Array:
-        "exp(-B/2)."
+        "α = exp(-B/2), with B the integral of β up to t."
         return jnp.exp(-self._integral(t) / 2)
 
     def sigma(self, t: ArrayLike) -> jax.Array:
@@ -103,7 +103,7 @@ class VENoiseScheduler(NoiseScheduler):
         self.sigma_max = sigma_max
 
     def alpha(self, t: ArrayLike) -> jax.Array:
-        "1."
+        "α = 1 at every time."
         return jnp.ones_like(self.as_times(t))
 
     def sigma(self, t: ArrayLike) -> jax.Array:
