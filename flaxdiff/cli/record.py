@@ -159,9 +159,11 @@ class RunRecord:
         "The loss by noise level: of the last thousand updates, and of the examples held out."
         edges, evaluation = self.trainer.level_edges, self.trainer.evaluation
         figure, ax = plt.subplots()
-        plot_loss_by_level(*self.trainer.levels, edges, ax, label="trained on, as the network was")
+        sums, counts = self.trainer.levels
+        plot_loss_by_level(sums, counts, edges, ax, label="trained on, as the network was")
         if evaluation is not None and evaluation.levels is not None:
-            plot_loss_by_level(*evaluation.levels, edges, ax, label="held out, averaged network", ls="--")
+            sums, counts = evaluation.levels
+            plot_loss_by_level(sums, counts, edges, ax, label="held out, averaged network", ls="--")
             ax.legend()
         figure.savefig(path, format="png")
         plt.close(figure)

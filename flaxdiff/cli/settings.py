@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PREDICTORS', 'LOSSES', 'CHOICES', 'TOPICS', 'KINDS', 'MAY_BE_ZERO', 'OF_NETWORK', 'IN_FOLDERS',
-           'MAY_MOVE', 'AS_STORED', 'DIT_SIZES', 'RECIPES', 'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig',
+           'MAY_MOVE', 'AS_STORED', 'TRANSFORMERS', 'RECIPES', 'MAY_CHANGE', 'WITH_NEW_OPTIMIZER', 'TrainConfig',
            'kind_of', 'check_field', 'check_config', 'data_kind', 'check_parts', 'choose_recipe', 'check_network',
            'check_idle', 'make_config', 'local_path', 'read_settings', 'read_config', 'merge_settings', 'change_config',
            'train_parser', 'newest_step', 'choose_config', 'describe_changes']
@@ -207,7 +207,7 @@ def check_config(
 OF_NETWORK = {"unet": ("features", "attention_levels", "res_blocks", "emb_features"),
               "dit": ("patch_size", "width", "depth")}  # settings of one network alone
 IN_FOLDERS = ("folder", "idx", "npz", "hf")  # kinds of data that are named as KIND:PATH
-MAY_MOVE = {"dataset": IN_FOLDERS, "validation_split": IN_FOLDERS, "text": ("clip",)}  # on the same disk
+MAY_MOVE = {"dataset": IN_FOLDERS, "validation_split": IN_FOLDERS, "text": ("clip",)}  # kinds at a place
 AS_STORED = ("idx", "npz")  # those whose images have a size already
 
 def data_kind(
@@ -236,7 +236,7 @@ def check_parts(
                          f"{data} holds {held}, which is to be held out")
 
 # %% ../../nbs/60_settings.ipynb #ddc697db
-DIT_SIZES: dict[str, dict[str, typing.Any]] = {  # of each recipe, where the network is a transformer
+TRANSFORMERS: dict[str, dict[str, typing.Any]] = {  # the size of one, by recipe
     "small28": dict(patch_size=2, width=384, depth=12, heads=6),
     "photos64": dict(patch_size=4, width=384, depth=12, heads=6),
     "photos128": dict(patch_size=8, width=768, depth=12, heads=12)}
@@ -282,6 +282,7 @@ def check_network(
                 raise ValueError(f"{name}={given[name]} is for --network {other}, and this is {network}; "
                                  "leave it out")
 
+# %% ../../nbs/60_settings.ipynb #5e770980
 def check_idle(
     given,  # a dict of the fields that were set
     usual,  # what the fields are when they are not given
@@ -303,7 +304,7 @@ def make_config(
     name = choose_recipe(given)
     recipe = RECIPES[name]
     if given.get("network") == "dit":
-        recipe = {**recipe, **DIT_SIZES.get(name, {})}
+        recipe = {**recipe, **TRANSFORMERS.get(name, {})}
     check_network(given, {**_DEFAULTS, **recipe})
     check_idle(given, {**_DEFAULTS, **recipe})
     config = TrainConfig(**{**recipe, **given, "recipe": name})
@@ -369,7 +370,8 @@ def merge_settings(
 
 # %% ../../nbs/60_settings.ipynb #cbfbf4ef
 MAY_CHANGE = ("steps", "checkpoint_every", "max_to_keep", "report_every", "sample_every",
-              "evaluate", "evaluate_every", "tensorboard", "wandb", "accumulate", "remat", "steps_per_dispatch", "how", "fsdp",
+              "evaluate", "evaluate_every", "tensorboard", "wandb", "accumulate", "remat",
+              "steps_per_dispatch", "how", "fsdp",
               "max_skipped", "max_damaged", "data_dir", "workers",
               "caption_cache")  # by --resume; the folder of a dataset or of an encoder, too
 WITH_NEW_OPTIMIZER = ("learning_rate", "warmup", "decay", "clip")  # by --resume --new-optimizer

@@ -113,8 +113,9 @@ def held_out(
     "The first examples that are held out, as one batch."
     data, count = open_data(config, "validation")
     if config.labels and label_names is not None and data.label_names != label_names:
+        there = (data.label_names or [])[:5]
         raise ValueError(f"validation_split={config.validation_split} must have the labels of the data "
-                         f"trained on, {label_names[:5]} …, got {data.label_names[:5]} …")
+                         f"trained on, {label_names[:5]} …, got {there} …")
     most = min(most, count)
     batches = [next(data) for _ in range(math.ceil(most / config.batch_size))]
     return jax.tree.map(lambda *x: np.concatenate(x)[:most], *batches)
@@ -269,6 +270,7 @@ def load_function(
         raise ValueError(f"{name} must name a function, and {source} has none called {called}")
     return found[called]
 
+# %% ../../nbs/59_train.ipynb #e586efde
 def _begin_record(config, out, trainer, datalen, done, progress, condition):
     "The `RunRecord` of the first host, after what is said before a run begins."
     if jax.process_index() > 0:
@@ -302,6 +304,7 @@ def _fit(trainer, data, config, done, progress, record, evaluation):
     trainer.fit(data, config.steps - done, progress=progress, report_every=config.report_every,
                 on_report=record, **evaluation)
 
+# %% ../../nbs/59_train.ipynb #df100928
 def _describe(trainer, datalen):
     "What is trained on what, in a line."
     parameters = sum(p.size for p in jax.tree.leaves(trainer.training.look().params))

@@ -113,6 +113,7 @@ def read_record(
         raise Damaged(f"the record cannot be read: {type(e).__name__}: {e}") from e
     return _unseal(text)
 
+# %% ../../nbs/43_checkpoints.ipynb #0484dd02
 class _LatestAndBest(preservation_policy.PreservationPolicy):
     "Which checkpoints are kept: the n latest, and the one with the lowest loss."
     def __init__(self, folder, n):
@@ -360,13 +361,14 @@ def _steps_to_try(manager, step):
                          f"got {step!r}")
     return [int(step)]
 
+# %% ../../nbs/43_checkpoints.ipynb #d1671453
 def _is_trouble(error):
     "Whether reading failed for want of memory, files or permission, whatever the bytes are."
     words = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files", "Permission denied")
     return isinstance(error, (MemoryError, PermissionError)) or any(word in str(error) for word in words)
 
 def _is_proven(error):
-    "Whether damage is certain: by our sums, by a file that is gone, or by TensorStore's word for broken data."
+    "Whether damage is certain: by our sums, by a file that is gone, or by TensorStore's word for it."
     words = ("DATA_LOSS", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION")
     if isinstance(error, (Damaged, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)):
         return True

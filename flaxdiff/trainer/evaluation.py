@@ -106,7 +106,7 @@ class Evaluation:
                  get_denoiser: Callable[[], Denoiser],  # the network as it is now
                  every: int,  # updates between two
                  last: int,  # the update after which there is no other: evaluated too
-                 held_out: HeldOutLoss | None = None,  # adds `validation_loss`, and the list `validation_levels`
+                 held_out: HeldOutLoss | None = None,  # adds `validation_loss`, `validation_levels`
                  evaluate: Callable[[Denoiser], dict] | None = None,  # adds its numbers
                  done: int = 0,  # updates made so far
                 ):
