@@ -45,11 +45,11 @@ from .step import (TrainState, check_function, null_rows, start_state, training_
 from ..utils import check_flag, check_positive_int
 
 # %% ../../nbs/49_trainer.ipynb #945e01f0
-_all_ = ["BatchReader", "ReadyBatch", "as_array", "check_condition", "check_shape", "make_ready", "send_ahead",
-         "split_batch", "stack_batches", "WEIGHT_READERS", "StateOnDevices", "check_like", "first_state",
-         "has_checkpoints", "key_kinds", "key_like", "read_weights", "step_without_types", "with_types",
-         "without_types", "TrainerOptions", "check_devices", "check_key", "check_rate", "complete_options"
-         ]  # which had their place here once
+_all_ = ["BatchReader", "ReadyBatch", "as_array", "check_condition", "check_shape", "make_ready",
+         "send_ahead", "split_batch", "stack_batches", "WEIGHT_READERS", "StateOnDevices", "check_like",
+         "first_state", "has_checkpoints", "key_kinds", "key_like", "read_weights", "step_without_types",
+         "with_types", "without_types", "TrainerOptions", "check_devices", "check_key", "check_rate",
+         "complete_options"]  # which had their place here once
 
 # %% ../../nbs/49_trainer.ipynb #6fc71dc6
 def initialize_trainer(
