@@ -26,9 +26,9 @@ class DocsError(Exception):
 
 
 def page_name(
-    stem,  # a notebook's name without its ending, such as `07_ddim`
+    stem,  # a notebook's name without its ending, such as `10_ddim`
 ):
-    "The name of its page, as nbdev numbers none: `07_ddim` is `ddim.html`."
+    "The name of its page, as nbdev numbers none: `10_ddim` is `ddim.html`."
     return re.sub(r"^\d+[a-z0-9]*_", "", stem.lower()) + ".html"
 
 

@@ -32,7 +32,7 @@ from flaxdiff.trainer.step import init_state
 from flaxdiff.training import TrainConfig, check_config, load_run, make_network, make_optimizer, train_main, train_parser
 
 for extra in ("tensorflow_datasets", "grain"): pytest.importorskip(extra)
-NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "49_flowers_tpu.ipynb").read_text(encoding="utf-8"))
+NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / "nbs" / "52_flowers_tpu.ipynb").read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 PRINTED = "".join("".join(out.get("text", "")) for cell in NOTEBOOK["cells"] for out in cell.get("outputs", []))
 KEPT = {"ATTEND", "SETTINGS", "BATCH", "PLANS", "FLOPS", "PEAK", "LINE", "LINES"}  # assignments of the chapter that are executed; of the rest, what defines and imports
@@ -48,7 +48,7 @@ def chapter(size):
     names = {"SIZE": size, "__name__": "chapter"}
     for source in CODE:
         body = ast.parse(re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.M)).body
-        exec(compile(ast.Module([s for s in body if wanted(s)], []), "49_flowers_tpu", "exec"), names)
+        exec(compile(ast.Module([s for s in body if wanted(s)], []), "52_flowers_tpu", "exec"), names)
     return SimpleNamespace(**names), names
 
 
@@ -200,7 +200,7 @@ def recipe(name):
     return [line for line in blocks.splitlines() if shlex.split(line, comments=True)]
 
 
-TYPED = [(name, line) for name in ("49_flowers_tpu", "78_tpu") for line in recipe(name)]
+TYPED = [(name, line) for name in ("52_flowers_tpu", "81_tpu") for line in recipe(name)]
 
 
 def training_words(words):
@@ -240,10 +240,10 @@ def test_wrong_lines_are_found():
         with pytest.raises((AssertionError, SystemExit)): judge(shlex.split(line))
 
 
-@pytest.mark.parametrize("name", ["49_flowers_tpu", "78_tpu"])
+@pytest.mark.parametrize("name", ["52_flowers_tpu", "81_tpu"])
 def test_the_recipes_have_what_they_need_before_they_need_it(name):
     "TensorFlow before the data are prepared, these before they are copied to the bucket, the bucket mounted and the data copied to every worker before training."
-    said = "\n".join(recipe(name)) + (PRINTED if name == "49_flowers_tpu" else "")
+    said = "\n".join(recipe(name)) + (PRINTED if name == "52_flowers_tpu" else "")
     order = ["tensorflow-cpu", "get_dataset", "buckets create", "gcloud storage cp -r tensorflow_datasets", "flaxdiff-tpu create", "flaxdiff-tpu setup", "flaxdiff-tpu mount", "-- cp -r my-bucket/tensorflow_datasets .", "flaxdiff-tpu train"]
     places = [said.find(what) for what in order]
     assert -1 not in places and places == sorted(places), dict(zip(order, places))
@@ -253,7 +253,7 @@ TINY = "--image-size 16 --features 24 --attention-levels 1 --res-blocks 1 --emb-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["49_flowers_tpu", "78_tpu"])
+@pytest.mark.parametrize("name", ["52_flowers_tpu", "81_tpu"])
 def test_the_recipes_run_to_their_end(name, drawn, tmp_path):
     "As they are written, in a shell, with stand-ins for Google and for the installer; the data are the drawings, the training is the real one at toy size."
     from test_tpu import BIN, UV, Bench
@@ -270,7 +270,7 @@ def test_the_recipes_run_to_their_end(name, drawn, tmp_path):
     bench.says(workers=1)  # v5litepod-8 is one machine
     bench.env["PATH"] = f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}"
     lines = [line for line in recipe(name) if not line.startswith("flaxdiff-tpu delete")]
-    if name == "49_flowers_tpu":
+    if name == "52_flowers_tpu":
         lines += [line.removeprefix("$ ") for line in PRINTED.splitlines() if line.startswith("$ flaxdiff-tpu") and "train flowers" not in line and "delete" not in line]
         lines.insert(-1, "flaxdiff-tpu train flowers -- " + " ".join(flowers().LINE.replace("--out flowers-64", "--out my-bucket/flowers").split()))
     (train,) = (i for i, line in enumerate(lines) if " train " in line)

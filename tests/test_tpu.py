@@ -395,7 +395,7 @@ def test_setup_installs_on_both_workers_and_counts_chips(bench):
 
 
 def test_the_pins_are_those_of_the_chapters():
-    cell = (ROOT / "nbs" / "59_train.ipynb").read_text()
+    cell = (ROOT / "nbs" / "62_train.ipynb").read_text()
     assert set(re.findall(r"\w[\w-]*==[\d.]+", cell)) <= set(tpu.PINS) and all(re.fullmatch(r"[\w-]+(\[tpu\])?==[\d.]+", p) for p in tpu.PINS)
     assert tuple(map(int, tpu.PYTHON.split("."))) >= (3, 11)
 

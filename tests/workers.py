@@ -77,7 +77,7 @@ def born(**options):
     "What a state that is cut looks like before any update: the bytes of its larger arrays in all, and those of them on device 0."
     trainer = DiffusionTrainer(Small(jnp.float32), optax.adam(1e-3), EDMNoiseScheduler(), rngs=7, model_output_transform=KarrasEDMPredictor(), **options)
     images = np.zeros((8 * jax.local_device_count(), 8, 8, 1), np.float32)
-    state = first_state(trainer, trainer.make_recipe(), images, {})
+    state = first_state(trainer.make_recipe(), trainer.key, images, {}, trainer.devices, trainer.fsdp)
     large = [x for x in jax.tree.leaves(state) if x.size >= 1024]
     return {"whole": np.array(sum(x.nbytes for x in large)), "held": np.array(sum(x.addressable_data(0).nbytes for x in large))}
 

@@ -1,6 +1,8 @@
 """Training: one pure step (`step`), the loop around it (`loop`), and `DiffusionTrainer`, both in one (`facade`).
 
 Read `step.training_step`, then `loop.run_loop`. What they use: `losses`, `ema`, `checkpoints`, `parallel`.
+Then `facade`, and what it is made of: `batches` that come in, the `device_state` that steps change, the
+`options` of a run, and its `evaluation`.
 """
 from .checkpoints import load_average
 from .facade import DiffusionTrainer, TrainedModel
