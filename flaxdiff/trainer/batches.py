@@ -45,8 +45,10 @@ def split_batch(
         raise ValueError(f"the batch must divide among {devices} devices{parts}, got {len(image)} images")
     check_labels(conditions, null)
     is_first = image_shape is None
-    return image, {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
+    checked = {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
+    return image, checked
 
+# %% ../../nbs/46_batches.ipynb #5d1c0a7e
 def check_shape(
     shape: tuple[int, ...],  # (H, W, C) of a batch
     first: tuple[int, ...],  # of the first batch
@@ -77,7 +79,7 @@ def check_condition(
         raise ValueError(f"{name} must be numbers, got {rows.dtype}; text is encoded before training")
     if rows.shape[:1] != (images,):
         raise ValueError(f"{name} must have one row for each of the {images} images, got shape {rows.shape}")
-    is_here = is_first or isinstance(rows, np.ndarray)  # what lies on a device stays there: the step skips NaN
+    is_here = is_first or isinstance(rows, np.ndarray)  # on a device NaN is the step's affair
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)
     if is_here and is_float and not np.isfinite(np.asarray(rows, np.float32)).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")

@@ -146,8 +146,8 @@ def make_evaluation(
         image, conditions = split_batch(validation, trainer.model.image_shape)
         held_out = HeldOutLoss(trainer.make_recipe(), image, conditions)
     last = trainer.steps_done + total
-    every = every or trainer.checkpoint_every or epoch
-    return Evaluation(lambda: trainer.denoiser, every, last, held_out, evaluate, trainer.steps_done)
+    interval = every or trainer.checkpoint_every or epoch
+    return Evaluation(lambda: trainer.denoiser, interval, last, held_out, evaluate, trainer.steps_done)
 
 # %% ../../nbs/49_trainer.ipynb #235a4351
 def make_callbacks(
@@ -366,7 +366,7 @@ class DiffusionTrainer(TrainerOptions):
             on_report: Callable[[dict], Any] | None = None,  # called last with each new row of `history`
             callbacks: Sequence[Callable[[dict], Any]] = (),  # called with each new row; they may add to it
             validation: Any = None,  # images held out, or a dict with `image` and conditions
-            evaluate_every: int | None = None,  # steps between two; by default `checkpoint_every`, or an epoch
+            evaluate_every: int | None = None,  # steps between two; else `checkpoint_every`, or an epoch
             evaluate: Callable[[Denoiser], dict] | None = None,  # the averaged denoiser -> numbers by name
            ) -> TrainState:
         "epochs × steps_per_epoch more updates: the last `TrainState`. SIGTERM saves and sets `preempted`."
