@@ -122,7 +122,7 @@ class BatchReader:
     def __init__(self,
                  data: Iterator,  # of batches
                  count: int,  # how many will be used
-                 check: Callable[..., Any] = split_batch,  # (batch, shapes=…) -> (image, conditions by name)
+                 check: Callable[..., Any] = split_batch,  # (batch, shapes=…) -> (image, conditions)
                  steps_per_dispatch: int = 1,  # updates in one call, whose batches are stacked
                 ):
         self.data = data
@@ -149,6 +149,7 @@ class BatchReader:
         self.read += 1
         return make_ready(*self.check(batch, shapes=self.shapes))
 
+# %% ../../nbs/46_batches.ipynb #6e2f4b90
 def send_ahead(
     reader: BatchReader,  # of batches
     devices: Sequence,  # that will take the steps, of all hosts
