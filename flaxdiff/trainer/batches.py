@@ -48,6 +48,7 @@ def split_batch(
     checked = {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
     return image, checked
 
+# %% ../../nbs/46_batches.ipynb #5d1c0a7e
 def check_shape(
     shape: tuple[int, ...],  # (H, W, C) of a batch
     first: tuple[int, ...],  # of the first batch
@@ -121,7 +122,7 @@ class BatchReader:
     def __init__(self,
                  data: Iterator,  # of batches
                  count: int,  # how many will be used
-                 check: Callable[..., Any] = split_batch,  # (batch, shapes=…) -> (image, conditions by name)
+                 check: Callable[..., Any] = split_batch,  # (batch, shapes=…) -> (image, conditions)
                  steps_per_dispatch: int = 1,  # updates in one call, whose batches are stacked
                 ):
         self.data = data
@@ -148,6 +149,7 @@ class BatchReader:
         self.read += 1
         return make_ready(*self.check(batch, shapes=self.shapes))
 
+# %% ../../nbs/46_batches.ipynb #6e2f4b90
 def send_ahead(
     reader: BatchReader,  # of batches
     devices: Sequence,  # that will take the steps, of all hosts

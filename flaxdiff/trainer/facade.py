@@ -146,8 +146,8 @@ def make_evaluation(
         image, conditions = split_batch(validation, trainer.model.image_shape)
         held_out = HeldOutLoss(trainer.make_recipe(), image, conditions)
     last = trainer.steps_done + total
-    every = every or trainer.checkpoint_every or epoch
-    return Evaluation(lambda: trainer.denoiser, every, last, held_out, evaluate, trainer.steps_done)
+    interval = every or trainer.checkpoint_every or epoch
+    return Evaluation(lambda: trainer.denoiser, interval, last, held_out, evaluate, trainer.steps_done)
 
 # %% ../../nbs/49_trainer.ipynb #235a4351
 def make_callbacks(
