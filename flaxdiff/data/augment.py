@@ -7,7 +7,7 @@ __all__ = ['check_probability', 'draw_augmentation', 'augmentation_labels', 'mir
            'rotation_matrix', 'augmentation_matrix', 'apply_augmentation', 'augment_image']
 
 # %% ../../nbs/38_augment.ipynb #6c88bfe3
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +112,11 @@ def augmentation_matrix(
     a,  # (8,), of `draw_augmentation`
 ) -> jax.Array:
     "The matrix from the result back to the image, (2, 2): scaling, rotation and anisotropy undone."
+    dot = partial(jnp.matmul, precision="highest")  # accelerators would round the factors otherwise
     stretch = 2 ** (0.2 * a[5])
     squeeze = jnp.diag(jnp.stack([1 / stretch, stretch]))
-    factors = (rotation_matrix(a[3] - a[4]), squeeze, rotation_matrix(a[4]))
-    return reduce(partial(jnp.matmul, precision="highest"), factors) / 2 ** (0.2 * a[2])
+    matrix = dot(dot(rotation_matrix(a[3] - a[4]), squeeze), rotation_matrix(a[4]))
+    return matrix / 2 ** (0.2 * a[2])
 
 def apply_augmentation(
     image,  # (H, W, C), floating point

@@ -102,6 +102,7 @@ class VPredictor(DiffusionPredictionTransform):
         return -sigma / n, alpha / n
 
 # %% ../../nbs/04_predictors.ipynb #8fc0a5b0
+# The same three, under the names that older programs use.
 EpsilonPredictionTransform = EpsilonPredictor
 DirectPredictionTransform = X0Predictor
 VPredictionTransform = VPredictor
