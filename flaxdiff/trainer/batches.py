@@ -48,6 +48,23 @@ def split_batch(
     checked = {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
     return image, checked
 
+def check_shape(
+    shape: tuple[int, ...],  # (H, W, C) of a batch
+    first: tuple[int, ...],  # of the first batch
+    others: Sequence,  # further (H, W) that batches may have
+) -> None:
+    "A `ValueError` for a shape that was not announced."
+    if shape == first or shape in [(*other, first[2]) for other in others]:
+        return
+    also = "".join(f" or {height}×{width}" for height, width in others)
+    raise ValueError(f"data must keep the image shape {first} of its first batch{also}, got {shape}")
+
+def as_array(
+    value: Any,  # an array, or what NumPy can make one of
+) -> Any:
+    "A NumPy or JAX array."
+    return value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
+
 # %% ../../nbs/46_batches.ipynb #5d1c0a7e
 def check_shape(
     shape: tuple[int, ...],  # (H, W, C) of a batch
