@@ -48,23 +48,6 @@ def split_batch(
     checked = {name: check_condition(name, rows, len(image), is_first) for name, rows in conditions.items()}
     return image, checked
 
-def check_shape(
-    shape: tuple[int, ...],  # (H, W, C) of a batch
-    first: tuple[int, ...],  # of the first batch
-    others: Sequence,  # further (H, W) that batches may have
-) -> None:
-    "A `ValueError` for a shape that was not announced."
-    if shape == first or shape in [(*other, first[2]) for other in others]:
-        return
-    also = "".join(f" or {height}×{width}" for height, width in others)
-    raise ValueError(f"data must keep the image shape {first} of its first batch{also}, got {shape}")
-
-def as_array(
-    value: Any,  # an array, or what NumPy can make one of
-) -> Any:
-    "A NumPy or JAX array."
-    return value if isinstance(value, (np.ndarray, jax.Array)) else np.asarray(value)
-
 # %% ../../nbs/46_batches.ipynb #5d1c0a7e
 def check_shape(
     shape: tuple[int, ...],  # (H, W, C) of a batch
@@ -96,7 +79,7 @@ def check_condition(
         raise ValueError(f"{name} must be numbers, got {rows.dtype}; text is encoded before training")
     if rows.shape[:1] != (images,):
         raise ValueError(f"{name} must have one row for each of the {images} images, got shape {rows.shape}")
-    is_here = is_first or isinstance(rows, np.ndarray)  # what lies on a device is not fetched
+    is_here = is_first or isinstance(rows, np.ndarray)  # on a device NaN is the step's affair
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)
     if is_here and is_float and not np.isfinite(np.asarray(rows, np.float32)).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in it")
