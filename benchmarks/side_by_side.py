@@ -637,7 +637,7 @@ def main():
             table = run(group.ask, names, args)
             group.close()
         command = " ".join(["python benchmarks/side_by_side.py --only", part] + [f"--repeats {args.repeats}"] * (part in ("overhead", "network")))
-        record["tables"][part] = {**table, "date": f"{datetime.date.today()}", "command": command, "minutes": round((time.perf_counter() - began) / 60, 1)}
+        record["tables"][part] = {**table, "machine": record["machine"], "date": f"{datetime.date.today()}", "command": command, "minutes": round((time.perf_counter() - began) / 60, 1)}
         print(markdown(table), flush=True)
         if args.json:
             before = json.loads(args.json.read_text())["tables"] if args.json.exists() else {}
