@@ -1,22 +1,15 @@
 """The reference: every public name has an entry with a signature and a sentence, and the pages say what the code says."""
-import importlib.util, json, re
+import json, re
 from pathlib import Path
 
 import pytest
 from test_contract import NAMES
+from test_repo import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load():
-    "The program that writes the reference, with nothing read yet."
-    spec = importlib.util.spec_from_file_location("flaxdiff_reference", ROOT / "nbs" / "_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-REFERENCE = load()
+REFERENCE = load_script("_reference")
 CONTRACT = NAMES | {  # and those that later parts of the contract name
     "flaxdiff.schedulers": [*NAMES["flaxdiff.schedulers"], "FlowNoiseScheduler"],
     "flaxdiff.predictors": [*NAMES["flaxdiff.predictors"], "DiffusionPredictionTransform", "FlowPredictor"],
@@ -141,7 +134,7 @@ LIMIT = 3
 
 
 def test_an_undocumented_function_is_found_and_signatures_are_whole(tmp_path):
-    toy = load()
+    toy = load_script("_reference")
     (tmp_path / "flaxdiff").mkdir()
     for name, text in TOY.items(): (tmp_path / "flaxdiff" / name).write_text(text)
     toy.LIBRARY, toy.statements, toy.notebooks = tmp_path / "flaxdiff", REFERENCE.statements, REFERENCE.notebooks

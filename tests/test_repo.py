@@ -22,9 +22,9 @@ MAX_BYTES, MAX_LINES, MAX_CLASS, SHORTEST_ALT = 1_200_000, 45, 130, 40  # a clas
 SITE = "https://colab.research.google.com/github/flaxdiff/flaxdiff/blob/main/nbs/"
 
 
-def load_script():
-    "The module nbs/_docs.py, which makes the README and the site."
-    spec = importlib.util.spec_from_file_location("flaxdiff_docs", ROOT / "nbs" / "_docs.py")
+def load_script(name="_docs"):
+    "A program of nbs/ as a module of its own: by default the one that makes the README and the site."
+    spec = importlib.util.spec_from_file_location(f"flaxdiff{name}", ROOT / "nbs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

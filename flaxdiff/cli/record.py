@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'write_whole', 'write_text', 'write_json', 'picture_format', 'to_bytes', 'save_grid', 'RunRecord',
-           'run_sampler', 'picture_condition', 'draw_images', 'is_number', 'as_line', 'run_folder', 'read_summary']
+           'run_sampler', 'picture_condition', 'draw_images', 'is_number', 'names_of_columns', 'as_line', 'run_folder',
+           'read_summary']
 
 # %% ../../nbs/65_record.ipynb #a19213f6
 import dataclasses
@@ -116,7 +117,7 @@ class RunRecord:
                  row,  # a new one of the trainer's `history`
                 ):
         "Write it down, everywhere; and a picture, where one is due."
-        if {name for name, value in row.items() if not isinstance(value, list)} <= set(self.columns):
+        if set(names_of_columns(row)) <= set(self.columns):
             with (self.out / "metrics.csv").open("a", encoding="utf-8") as file:
                 file.write(as_line(row, self.columns))
         else:
@@ -138,7 +139,7 @@ class RunRecord:
     def write_all(self):
         "metrics.csv anew, with a column for whatever any row has."
         history = self.trainer.history
-        named = (name for row in history for name, value in row.items() if not isinstance(value, list))
+        named = (name for row in history for name in names_of_columns(row))
         self.columns = list(dict.fromkeys([*self.columns, *named]))
         rows = "".join(as_line(row, self.columns) for row in history)
         write_text(self.out / "metrics.csv", ",".join(self.columns) + "\n" + rows)
@@ -211,6 +212,12 @@ def is_number(
 ):
     "Whether a table can hold it."
     return isinstance(value, (int, float, np.number))
+
+def names_of_columns(
+    row,  # of the trainer's `history`
+):
+    "What of it a table has a column for: not the list of losses by noise level."
+    return [name for name, value in row.items() if not isinstance(value, list)]
 
 def as_line(
     row,  # of the trainer's `history`
