@@ -1,4 +1,5 @@
-"""The opening boxes, the page of notation and the bibliography, all written from the tables in `_book.toml` and `_works.toml`.
+"""The opening boxes, the page of notation and the bibliography, all written from the tables in `_book.toml` and `_works.toml`;
+and in each chapter the code of its solutions, closed where a notebook is opened in JupyterLab or Colab.
 
     python nbs/_book.py           write them into the notebooks; a second time changes nothing
     python nbs/_book.py check     say what does not agree, and change nothing
@@ -203,6 +204,45 @@ def pages(book, notebooks):
     return wanted
 
 
+# ---------------------------------------------------------------- exercises
+
+CLOSED = {"cellView": "form", "jupyter": {"outputs_hidden": True, "source_hidden": True}}  # for Colab, and for JupyterLab
+
+
+def ends_solution(
+    source,  # of a Markdown cell
+):
+    "Whether it ends in a closed `Solution`: the code cells behind it are part of that."
+    inside, end, after = source.rstrip().rpartition("</details>")
+    return bool(end and not after.strip() and re.search(r"<details>\s*<summary>\s*Solution\b(?!.*<details>)", inside, re.S))
+
+
+def exercises(
+    cells,  # of a chapter
+):
+    "{number: [code cells that ask, code cells of the solution]}."
+    found, number, solved = {}, None, False
+    start = next((i for i, c in enumerate(cells) if re.search(r"^## Exercises$", "".join(c["source"]), re.M)), len(cells))
+    for i, cell in enumerate(cells[start:]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and number: found[number][solved].append(cell)
+        if cell["cell_type"] != "markdown": continue
+        asked = re.findall(r"^\*\*(\d+)\.", source, re.M)
+        found.update({n: [[], []] for n in asked})
+        number, solved = (asked or [number])[-1], ends_solution(source)
+        if i and re.search(r"^## ", source, re.M): break
+    return found
+
+
+def close_solutions(cells):
+    "Mark the code of solutions as closed; whether anything was changed."
+    open_ = [cell for _, solution in exercises(cells).values() for cell in solution if not CLOSED.items() <= cell["metadata"].items()]
+    for cell in open_: cell["metadata"].update(CLOSED)
+    return bool(open_)
+
+
+# ---------------------------------------------------------------- the command
+
 def stale(book, notebooks):
     "(file, cell, text) for each cell that does not hold what it shall."
     for f, cells in pages(book, notebooks).items():
@@ -216,6 +256,8 @@ def main():
     notebooks = {f: json.loads((NBS / f).read_text(encoding="utf-8")) for f in files().values()}
     changed = {}
     for f, cell, text in stale(load(), notebooks): cell["source"] = text.splitlines(keepends=True); changed[f] = notebooks[f]
+    for f, nb in notebooks.items():
+        if close_solutions(nb["cells"]): changed[f] = nb
     if "check" in sys.argv[1:]: sys.exit("\n".join(f"{f} is not what the tables say; run python nbs/_book.py" for f in changed))
     for f, nb in changed.items(): (NBS / f).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "nbs"))
+from _book import ends_solution  # noqa: E402
 NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+:?)[ \t]*(.*)\n?", re.M)
@@ -86,11 +88,9 @@ def fold_solutions(
         cell = cells.pop(0)
         folded.append(cell)
         if cell["cell_type"] == "code": cell["source"] = cell["source"].replace("#| code-fold: show", "#| code-fold: true", 1)
-        inside, end, after = cell["source"].rstrip().rpartition("</details>")
-        if cell["cell_type"] != "markdown" or not end or after.strip(): continue
-        if not re.search(r"<details>\s*<summary>\s*Solution\b(?!.*<details>)", inside, re.S): continue
+        if cell["cell_type"] != "markdown" or not ends_solution(cell["source"]): continue
         if not cells or cells[0]["cell_type"] != "code": continue
-        cell["source"] = inside.rstrip()
+        cell["source"] = cell["source"].rstrip().removesuffix("</details>").rstrip()
         while cells and cells[0]["cell_type"] == "code": folded.append(cells.pop(0))
         folded.append({"cell_type": "markdown", "id": f"end-{cell.get('id', len(folded))}", "metadata": {}, "source": "</details>"})
     return folded

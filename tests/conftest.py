@@ -1,6 +1,7 @@
 """`pytest tests` runs what is fast; `pytest --slow tests` the rest too, and `-m slow` that rest alone."""
 import gc
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,10 +19,14 @@ FLAGS = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
          "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 
-def known_flags():
-    "`FLAGS`, or the first alone where this XLA lacks one of them: it ends a process that names a flag it does not know."
-    test = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": FLAGS}, capture_output=True)
-    return FLAGS if test.returncode == 0 else FLAGS.split()[0]
+def known_flags(python=sys.executable):
+    "`FLAGS`, but for those that the XLA of this Python does not know: it ends a process that names such a flag."
+    flags = FLAGS.split()
+    while True:
+        test = subprocess.run([python, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": " ".join(flags)}, capture_output=True, text=True)
+        unknown = re.search(r"Unknown flags? in XLA_FLAGS: (.+)", test.stderr)
+        if not unknown: return " ".join(flags)
+        flags = [flag for flag in flags if flag not in unknown[1].split()]
 
 
 if "XLA_FLAGS" not in os.environ: os.environ["XLA_FLAGS"] = known_flags()  # the workers have it from the process that starts them

@@ -108,3 +108,16 @@ def test_every_work_is_cited_and_every_paper_is_listed():
     for name in BOOK["chapter"]:
         missing = {*re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", words(name))} - listed
         assert not missing, f"{name} cites {missing}, which nbs/_works.toml lacks"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_exercise_can_be_solved_and_its_check_is_executed(name):
+    for number, (asks, solves) in tables.exercises(cells(name)).items():
+        ask, solve = ("\n".join("".join(cell["source"]) for cell in part) for part in (asks, solves))
+        assert f"def check_{number}(" in ask and "is not ..." in ask, f"exercise {number} has no cell for an answer, with its check"
+        assert f"check_{number}(" in solve, f"the solution of exercise {number} does not pass through its check"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_solutions_are_closed_in_jupyter_too(name):
+    assert not tables.close_solutions(json.loads(json.dumps(cells(name)))), "run python nbs/_book.py"
