@@ -7,7 +7,7 @@
 Quarto renders the site where it is installed; elsewhere smalldocs does, from the same `_quarto.yml`. nbdev's own
 commands are not used: where Quarto is missing they try to install it.
 """
-import argparse, base64, functools, html, json, os, re, shutil, struct, subprocess, sys, tempfile, threading, traceback
+import argparse, ast, base64, functools, html, json, os, re, shutil, struct, subprocess, sys, tempfile, threading, traceback
 from concurrent.futures import ProcessPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
@@ -79,6 +79,14 @@ def relink(
         f.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
 
 
+def imports_alone(
+    source,  # of a code cell
+):
+    "Whether it holds imports, and nothing else."
+    try: return all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in ast.parse(source).body)
+    except SyntaxError: return False  # a magic command
+
+
 def fold_solutions(
     cells,  # of a notebook, with their sources as strings
 ):
@@ -87,7 +95,9 @@ def fold_solutions(
     while cells:
         cell = cells.pop(0)
         folded.append(cell)
-        if cell["cell_type"] == "code": cell["source"] = cell["source"].replace("#| code-fold: show", "#| code-fold: true", 1)
+        if cell["cell_type"] == "code":
+            cell["source"] = cell["source"].replace("#| code-fold: show", "#| code-fold: true", 1)
+            if imports_alone(cell["source"]): cell["source"] = cell["source"].replace("Exported source", "Imports", 1)
         if cell["cell_type"] != "markdown" or not ends_solution(cell["source"]): continue
         if not cells or cells[0]["cell_type"] != "code": continue
         cell["source"] = cell["source"].rstrip().removesuffix("</details>").rstrip()

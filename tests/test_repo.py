@@ -193,10 +193,21 @@ def pictures_are_described(chapter):
         for target in re.findall(r"!\[\s*\]\(([^)\s]+)", prose_of(cell["source"])): yield f"a picture without a description: {target}"
 
 
+def unknown_names(cells):
+    "The names that code cells use and none of them defines or imports."
+    code = "\n".join(TransformerManager().transform_cell(cell["source"]) for cell in cells)
+    unknown = [m.message_args[0] for m in Checker(ast.parse(code), "cells").messages if isinstance(m, UndefinedName)]
+    return sorted({*unknown} - {"get_ipython"})
+
+
 def names_are_defined(chapter):
-    code = "\n".join(TransformerManager().transform_cell(cell["source"]) for cell in chapter.code)
-    unknown = [m.message_args[0] for m in Checker(ast.parse(code), chapter.name).messages if isinstance(m, UndefinedName)]
-    for name in sorted({*unknown} - {"get_ipython"}): yield f"uses {name}, which no cell defines or imports"
+    for name in unknown_names(chapter.code): yield f"uses {name}, which no cell defines or imports"
+
+
+def names_are_shown(chapter):
+    told = [(cell, directives(cell["source"])) for cell in chapter.code]
+    shown = [cell for cell, words in told if not words.keys() & {"hide", "export", "exporti"} and words.get("echo:") != "false"]
+    for name in unknown_names(shown): yield f"the site shows {name} in use, but neither its definition nor its import"
 
 
 def ends_in_prose(chapter):
@@ -204,7 +215,7 @@ def ends_in_prose(chapter):
 
 
 LAWS = [cells_have_ids, outputs_are_kept, outputs_are_clean, size_is_bounded, cells_are_short, opens_with_a_promise, exports_one_module,
-        links_lead_somewhere, opens_in_colab, imports_stand_alone, pictures_are_described, names_are_defined, ends_in_prose]
+        links_lead_somewhere, opens_in_colab, imports_stand_alone, pictures_are_described, names_are_defined, names_are_shown, ends_in_prose]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -248,7 +259,7 @@ BREAKS = [(cells_have_ids, put(3, id="a")), (cells_have_ids, lambda cells: cells
           (exports_one_module, put(4, source="#| export other\nimport os")), (exports_one_module, put(3, source="")),
           (links_lead_somewhere, put(6, source="[gone](no_such.ipynb)")), (links_lead_somewhere, put(6, source="[there](sound.ipynb#no-such)")),
           (opens_in_colab, put(1, source=f"[x]({SITE}other.ipynb)")), (opens_in_colab, put(2, source="%pip install flaxdiff")),
-          (imports_stand_alone, put(5, source="import os\nx = 1")), (names_are_defined, put(5, source="print(x)")),
+          (imports_stand_alone, put(5, source="import os\nx = 1")), (names_are_defined, put(5, source="print(x)")), (names_are_shown, put(5, source="print(os)")),
           (pictures_are_described, put(7, source="x")), (pictures_are_described, put(7, source='#| fig-alt: "A dot."\nx')),
           (pictures_are_described, put(7, source=f'x = 1\n#| fig-alt: "{DESCRIBED}"\nx')),
           (pictures_are_described, put(7, source=f'#| fig-alt: ["{DESCRIBED}"]\nx')),
