@@ -73,10 +73,11 @@ def plotImages(
     if rows is None:
         ax.set_axis_off()
     else:
-        height = images.shape[1] + 1
-        if len(rows) != (grid.shape[0] + 1) // height:
-            raise ValueError(f"rows must hold one name for each of {(grid.shape[0] + 1) // height} rows, got {rows!r}")
-        ax.set(xticks=[], yticks=height * np.arange(len(rows)) + height / 2 - 1, yticklabels=rows)
+        height = images.shape[1] + 1  # with the white pixel below
+        number = (len(grid) + 1) // height
+        if len(rows) != number:
+            raise ValueError(f"rows must hold {number} names, one for each row, got {rows!r}")
+        ax.set(xticks=[], yticks=height * np.arange(number) + height / 2 - 1, yticklabels=rows)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.grid(False)
