@@ -48,8 +48,8 @@ METHODS = {  # Runge–Kutta methods: where the slopes are taken, what leads the
             [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
 def runge_kutta_step(
-    rate,  # (state, t) -> d state/dz, a tuple of arrays
-    position,  # the position z of a time
+    rate,  # (state, t) -> d state/dτ, a tuple of arrays
+    position,  # the position τ of a time
     time_of,  # the time of a position
     method,  # one of `METHODS`
     state,  # a tuple of arrays
@@ -58,14 +58,14 @@ def runge_kutta_step(
 ):
     "The state at s by one step in a frame."
     nodes, rows, weights = (jnp.asarray(v, state[0].dtype) for v in METHODS[method])
-    z, h = position(t), position(s) - position(t)
+    tau, h = position(t), position(s) - position(t)
 
     def add(row, slopes):
         return tuple(v + h * jnp.tensordot(row, k, 1, precision="highest") for v, k in zip(state, slopes))
 
     def stage(slopes, row):  # a loop over the stages, so that the network stands in the program once
         number, node, past = row
-        at = jnp.where(node == 0, t, jnp.where(node == 1, s, time_of(z + node * h)))
+        at = jnp.where(node == 0, t, jnp.where(node == 1, s, time_of(tau + node * h)))
         return tuple(k.at[number].set(new) for k, new in zip(slopes, rate(add(past, slopes), at))), None
 
     none = tuple(jnp.zeros((len(nodes), *v.shape), v.dtype) for v in state)
@@ -91,8 +91,8 @@ def probability_flow(
     def position(t):
         return frame.position(schedule.alpha(t), schedule.sigma(t))
 
-    def time_of(z):
-        return schedule.get_timesteps(frame.ratio(z))
+    def time_of(tau):
+        return schedule.get_timesteps(frame.ratio(tau))
 
     def rate(state, t):
         def slope(y):
@@ -160,7 +160,7 @@ def to_noise(
     check_conditioning(conditioning, len(x))
     frame = make_frame(frame, schedule)
     if frame.rate:
-        raise ValueError(f"frame must be one in which dy/dz is the slope itself, got {type(frame).__name__}")
+        raise ValueError(f"frame must be one in which dy/dτ is the slope itself, got {type(frame).__name__}")
     if probes is not None:
         draw = jax.random.normal if gaussian else jax.random.rademacher
         shape = (len(x), check_positive_int("probes", probes), *x.shape[1:])

@@ -58,17 +58,29 @@ def plotImages(
     dpi=100,  # dots an inch
     columns=None,  # images in a row; the smallest square by default
     title=None,  # a line above the picture
+    rows=None,  # the words at the left of each row, one a row; none by default
     show=True,  # call plt.show(); False: return the figure instead, to go on drawing or to save
 ):
     "Show a batch of any size as one square of pictures."
     import matplotlib.pyplot as plt
+    images = np.asarray(images)
     grid = to_grid(images, columns)
     if grid.shape[-1] not in (1, 3, 4):
         raise ValueError(f"images must have 1, 3 or 4 channels to be shown, got {grid.shape[-1]}")
     fig, ax = plt.subplots(figsize=fig_size, dpi=dpi)
     picture = grid[..., 0] if grid.shape[-1] == 1 else grid
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_axis_off()
+    if rows is None:
+        ax.set_axis_off()
+    else:
+        height = images.shape[1] + 1  # with the white pixel below
+        number = (len(grid) + 1) // height
+        if len(rows) != number:
+            raise ValueError(f"rows must hold {number} names, one for each row, got {rows!r}")
+        ax.set(xticks=[], yticks=height * np.arange(number) + height / 2 - 1, yticklabels=rows)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.grid(False)
     if title:
         ax.set_title(title)
     if not show:

@@ -116,12 +116,12 @@ def test_orders_in_lambda(cls, order, x64):
 @pytest.mark.parametrize("name", FRAMES)
 @over(schedule={"EDM": EDM, "linear": LINEAR, "cosine": COSINE})
 def test_a_frame_is_the_ode(name, schedule, x64):
-    "dy/dz is the slope along the exact path, `time` undoes `position`, the ratio is that of the position, and each image may have a level of its own."
+    "dy/dτ is the slope along the exact path, `time` undoes `position`, the ratio is that of the position, and each image may have a level of its own."
     frame, T, point = make_frame(name, schedule), schedule.max_timesteps, jnp.full((1, 1), 0.7)
     times = jnp.asarray(schedule.get_timesteps(np.array([0.013, 0.5, 1.3, 30.0])))
     at = lambda t: (schedule.alpha(t), schedule.sigma(t))
     position, scale = (lambda t: frame.position(*at(t))), (lambda t: frame.scale(*at(t)))
-    time = lambda z: schedule.get_timesteps(frame.ratio(z))
+    time = lambda tau: schedule.get_timesteps(frame.ratio(tau))
     np.testing.assert_allclose(time(position(times)), times, rtol=1e-9)
     where = lambda t: exact_path(point, rates(schedule, 0.6 * T), rates(schedule, t))
     x = jnp.concatenate([where(t) for t in times])

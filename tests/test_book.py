@@ -71,7 +71,9 @@ def test_what_stands_below_a_box_stays():
     (r"A letter that nobody knows: $Q x$.", "Q has no meaning"),
     (r"The other epsilon: $x + \epsilon z$.", "epsilon has no meaning"),
     (r"A time that is squared: $\sigma^2 + s^2$.", "another s"),
-    (r"$$x = \sqrt v\,\varepsilon \tag{1}$$", "another v")])
+    (r"$$x = \sqrt v\,\varepsilon \tag{1}$$", "another v"),
+    (r"A velocity that is a variance: $x_0\sim N(\mu, v)$.", "another v"),
+    (r"$\tfrac12\log(1 + v\,\mathrm{SNR})$", "another v")])
 def test_a_clash_is_found(prose, fault):
     book = {**BOOK, "chapter": {"toy": {"here": {}}}}
     found = list(tables.clashes("toy", [{}, {}, {"cell_type": "markdown", "source": prose}], book))
@@ -90,6 +92,15 @@ def test_the_letters_of_a_formula():
     assert find(r"\hat x_0 = \tfrac{\bar\alpha_t}{2}\,\mathbf{u} + \mathrm{SNR}") == ["x", "bar alpha", "u"]
     assert find(r"\mathrm{d}x = f\,\mathrm{d}t + g\,\mathrm{d}w") == ["x", "f", "t", "g", "dw"]
     assert find(r"c_{\rm skip}^2 \operatorname{tr} J \tag{3}") == ["c", "J"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_next_chapter_is_the_next_one(name):
+    number, wrong = int(FILES[name][:2]), []
+    for said, target in re.findall(r"\[([^\]\[]*)\]\((\d\d)_\w+\.ipynb[^)]*\)", words(name)):
+        for pattern, apart in ((r"(the )?next chapter('s)?", 1), (r"(the )?((last|previous) chapter|chapter before)('s)?", -1)):
+            if re.fullmatch(pattern, said, re.I) and int(target) - number != apart: wrong.append(f"[{said}] leads to {target}")
+    assert not wrong, f"{FILES[name]}: {wrong}; name the chapter instead"
 
 
 def test_the_glossary_explains_and_leads_on():

@@ -15,7 +15,7 @@ from ..utils import check_choice
 # %% ../../nbs/09_ddpm.ipynb #a1b403b8
 class DDPMSampler(DiffusionSampler):
     "x_s drawn from the posterior of each pair of times, with x̂₀ for x₀ (Ho et al. 2020, algorithm 2)."
-    variances = {"posterior": 0.0, "beta": 1.0, "learned": None}  # f
+    variances = {"posterior": 0.0, "beta": 1.0, "learned": None}  # r
 
     def __init__(self, *args,
                  variance="posterior",  # "posterior" (β̃ = σ_s² ζ), "beta" (β = σ_t² ζ), or "learned"

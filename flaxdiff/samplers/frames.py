@@ -10,26 +10,26 @@ import jax.numpy as jnp
 
 # %% ../../nbs/13_frames.ipynb #7836223e
 class Frame:
-    """y = x/scale against z = position: dy/dz = f, or dy/dz = k (f - y) where `rate` k is not 0.
+    """y = x/scale against τ = position: dy/dτ = ψ, or dy/dτ = k (ψ - y) where `rate` k is not 0.
 
-    Where f is ε̂ or x̂₀: x_s = DDIM's step + scale ∫ K(z_s - z) (f(z) - f(z_t)) dz,
-    with the kernel K = 1, or k exp(-k (z_s - z)).
+    Where ψ is ε̂ or x̂₀: x_s = DDIM's step + scale ∫ K(τ_s - τ) (ψ(τ) - ψ(τ_t)) dτ,
+    with the kernel K = 1, or k exp(-k (τ_s - τ)).
     """
     rate = 0.0  # k
-    slope_is_prediction = True  # whether f is ε̂ or x̂₀ itself: what multistep methods remember
+    slope_is_prediction = True  # whether ψ is ε̂ or x̂₀ itself: what multistep methods remember
 
     def position(self,
                  alpha,  # α, any shape
                  sigma,  # σ, the same shape
                 ):
-        "z of a level."
+        "τ of a level."
         raise NotImplementedError(f"{type(self).__name__} must define position(alpha, sigma)")
 
     def ratio(self,
-              z,  # positions, any shape
+              tau,  # τ: positions, any shape
              ):
-        "σ/α at position z."
-        raise NotImplementedError(f"{type(self).__name__} must define ratio(z)")
+        "σ/α at position τ."
+        raise NotImplementedError(f"{type(self).__name__} must define ratio(tau)")
 
     def scale(self,
               alpha,  # α, any shape
@@ -44,32 +44,32 @@ class Frame:
               alpha,  # α there, broadcastable to both
               sigma,  # σ there, the same
              ):
-        "f: the slope of y against z, or the answer that it is made of."
+        "ψ: the slope of y against τ, or the answer that it is made of."
         raise NotImplementedError(f"{type(self).__name__} must define slope(x0, eps, alpha, sigma)")
 
     def kernel(self,
-               ahead,  # z_s - z, any shape
+               ahead,  # τ_s - τ, any shape
               ):
-        "K: what a slope at z, so far before the end of the step, still counts there."
+        "K: what a slope at τ, so far before the end of the step, still counts there."
         return self.rate * jnp.exp(-self.rate * ahead) if self.rate else jnp.ones_like(ahead)
 
 # %% ../../nbs/13_frames.ipynb #d6cd5c44
 class SigmaFrame(Frame):
-    "y = x/α against z = σ/α: dy/dz = ε̂ (Song et al. 2021a, eq. 14; EDM's own frame where α ≡ 1)."
+    "y = x/α against τ = σ/α: dy/dτ = ε̂ (Song et al. 2021a, eq. 14; EDM's own frame where α ≡ 1)."
     def position(self, alpha, sigma):
-        "z = σ/α."
+        "τ = σ/α."
         return sigma / alpha
 
-    def ratio(self, z):
-        "z itself."
-        return z
+    def ratio(self, tau):
+        "τ itself."
+        return tau
 
     def scale(self, alpha, sigma):
         "α: y = x/α."
         return alpha
 
     def slope(self, x0, eps, alpha, sigma):
-        "dy/dz = ε̂."
+        "dy/dτ = ε̂."
         return eps
 
 class AngleFrame(Frame):
@@ -80,9 +80,9 @@ class AngleFrame(Frame):
         "θ = atan2(σ, α), radians."
         return jnp.arctan2(sigma, alpha)
 
-    def ratio(self, z):
+    def ratio(self, tau):
         "σ/α = tan θ."
-        return jnp.tan(z)
+        return jnp.tan(tau)
 
     def scale(self, alpha, sigma):
         "√(α²+σ²): y = x/√(α²+σ²)."
@@ -100,9 +100,9 @@ class LambdaFrame(AngleFrame):
         "λ = log(α/σ)."
         return jnp.log(alpha) - jnp.log(sigma)
 
-    def ratio(self, z):
+    def ratio(self, tau):
         "σ/α = exp(-λ)."
-        return jnp.exp(-z)
+        return jnp.exp(-tau)
 
     def slope(self, x0, eps, alpha, sigma):
         "-sin θ cos θ v̂."
@@ -123,7 +123,7 @@ class DataFrame(LambdaFrame):
         return alpha
 
     def slope(self, x0, eps, alpha, sigma):
-        "f = x̂₀; the frame's own part of dy/dλ is solved exactly."
+        "ψ = x̂₀; the frame's own part of dy/dλ is solved exactly."
         return x0
 
 class NoiseFrame(LambdaFrame):
@@ -136,7 +136,7 @@ class NoiseFrame(LambdaFrame):
         return sigma
 
     def slope(self, x0, eps, alpha, sigma):
-        "f = ε̂; the frame's own part of dy/dλ is solved exactly."
+        "ψ = ε̂; the frame's own part of dy/dλ is solved exactly."
         return eps
 
 # %% ../../nbs/13_frames.ipynb #c4f3764f

@@ -31,7 +31,7 @@ class RungeKuttaSampler(DiffusionSampler):
         super().__init__(*args, **kwargs)
         self.frame = make_frame(frame, self.noise_schedule)
         if self.frame.rate:
-            raise ValueError("frame must be one in which dy/dz is the slope itself, "
+            raise ValueError("frame must be one in which dy/dτ is the slope itself, "
                              f"got {type(self.frame).__name__}; use DPMSolverSampler")
         self.y_is_x = False
         if self.noise_schedule.variance_exploding:
@@ -46,15 +46,15 @@ class RungeKuttaSampler(DiffusionSampler):
                   next_level,  # a `Level`: where it ends
                  ):
         "The same for the step between two `Level`s."
-        z = self.frame.position(level.alpha, level.sigma)
-        h = self.frame.position(next_level.alpha, next_level.sigma) - z
-        return {"h": h, "inside": [self.level_at(z + share * h) for share in self.looks]}
+        tau = self.frame.position(level.alpha, level.sigma)
+        h = self.frame.position(next_level.alpha, next_level.sigma) - tau
+        return {"h": h, "inside": [self.level_at(tau + share * h) for share in self.looks]}
 
     def level_at(self,
-                 z,  # scalar or (B,): positions
+                 tau,  # τ, scalar or (B,): positions
                 ):
         "The `Level` of a position."
-        return self.level(self.noise_schedule.get_timesteps(self.frame.ratio(z)))
+        return self.level(self.noise_schedule.get_timesteps(self.frame.ratio(tau)))
 
     def to_frame(self,
                  x,  # (B, …): samples
@@ -75,7 +75,7 @@ class RungeKuttaSampler(DiffusionSampler):
               eps,  # (B, …): ε̂
               level,  # the `Level` of both
              ):
-        "dy/dz of an answer."
+        "dy/dτ of an answer."
         return self.frame.slope(x0, eps, per_image(level.alpha, eps), per_image(level.sigma, eps))
 
     def ask_slope(self,
@@ -83,7 +83,7 @@ class RungeKuttaSampler(DiffusionSampler):
                   y,  # (B, …): samples in the frame
                   level,  # their `Level`
                  ):
-        "dy/dz at y: one network call."
+        "dy/dτ at y: one network call."
         x0, eps = state.denoise(self.from_frame(y, level), level)
         return self.slope(x0, eps, level)
 
@@ -143,14 +143,14 @@ class AdaptiveSampler(RungeKuttaSampler):
                  state,  # a `SamplerState`
                  y,  # (B, …): samples in the frame
                  k1,  # (B, …): their slope
-                 z,  # (B,): their positions
+                 tau,  # (B,): τ, their positions
                  h,  # (B,): how far to go
-                 end,  # the `Level` of z + h
+                 end,  # the `Level` of τ + h
                 ):
-        "From z to z + h, at `end`: (y, slope, error in units of the tolerance); three network calls."
+        "From τ to τ + h, at `end`: (y, slope, error in units of the tolerance); three network calls."
         by = per_image(h, y)
-        k2 = self.ask_slope(state, y + by / 2 * k1, self.level_at(z + h / 2))
-        k3 = self.ask_slope(state, y + by * 3 / 4 * k2, self.level_at(z + h * 3 / 4))
+        k2 = self.ask_slope(state, y + by / 2 * k1, self.level_at(tau + h / 2))
+        k3 = self.ask_slope(state, y + by * 3 / 4 * k2, self.level_at(tau + h * 3 / 4))
         new = y + by * (2 * k1 + 3 * k2 + 4 * k3) / 9  # order 3
         k4 = self.ask_slope(state, new, end)
         error = by * (-5 * k1 + 6 * k2 + 8 * k3 - 9 * k4) / 72  # its difference from order 2
@@ -162,26 +162,26 @@ class AdaptiveSampler(RungeKuttaSampler):
         B, goal = len(x), state.next_level
         start, end = (self.frame.position(v.alpha, v.sigma) for v in (state.level, goal))
 
-        def unfinished(y, k, z, h, tries, growth):
-            return (z != end) & (z + h != z) & (tries < self.max_substeps)
+        def unfinished(y, k, tau, h, tries, growth):
+            return (tau != end) & (tau + h != tau) & (tries < self.max_substeps)
 
         def attempt(carry):
-            y, k, z, h, tries, growth = carry
-            arrives = 1.01 * jnp.abs(h) >= jnp.abs(end - z)  # no sliver is left over
-            h = jnp.where(arrives, end - z, h)
-            there = jax.tree.map(lambda a, b: jnp.where(arrives, a, b), goal, self.level_at(z + h))
-            y_new, k_new, error = self.try_step(state, y, k, z, h, there)
+            y, k, tau, h, tries, growth = carry
+            arrives = 1.01 * jnp.abs(h) >= jnp.abs(end - tau)  # no sliver is left over
+            h = jnp.where(arrives, end - tau, h)
+            there = jax.tree.map(lambda a, b: jnp.where(arrives, a, b), goal, self.level_at(tau + h))
+            y_new, k_new, error = self.try_step(state, y, k, tau, h, there)
             factor = jnp.clip(jnp.where(jnp.isnan(error), 0, 0.9 * error ** (-1 / 3)), 0.2, growth)
             active = unfinished(*carry)
             accepted = active & (error <= 1)
             y, k = (jnp.where(per_image(accepted, y), new, old) for new, old in ((y_new, y), (k_new, k)))
-            z = jnp.where(accepted, jnp.where(arrives, end, z + h), z)
+            tau = jnp.where(accepted, jnp.where(arrives, end, tau + h), tau)
             h = jnp.where(active, h * factor, h)
-            return y, k, z, h, tries + active, jnp.where(accepted, 5.0, 1.0).astype(h.dtype)
+            return y, k, tau, h, tries + active, jnp.where(accepted, 5.0, 1.0).astype(h.dtype)
 
         y = self.to_frame(x, state.level)
         k = self.slope(x0, eps, state.level).astype(y.dtype)
         h = jnp.full(B, end - start)
         carry = y, k, jnp.full(B, start), h, jnp.zeros(B, int), jnp.full_like(h, 5)
-        y, _, z, *_ = jax.lax.while_loop(lambda carry: jnp.any(unfinished(*carry)), attempt, carry)
-        return self.from_frame(jnp.where(per_image(z == end, y), y, jnp.nan), goal), state
+        y, _, tau, *_ = jax.lax.while_loop(lambda carry: jnp.any(unfinished(*carry)), attempt, carry)
+        return self.from_frame(jnp.where(per_image(tau == end, y), y, jnp.nan), goal), state

@@ -81,11 +81,11 @@ class PredictorCorrectorSampler(EulerMaruyamaSampler):
                 alpha_ratio,  # α_s over α a thousandth of T before
                 state,  # a `SamplerState`
                ):
-        "x + ε ∇log p + √(2ε) z at s, ε = 2 (α_s/α) (r |z|/|∇log p|)² for each image, at most α² + σ²."
+        "x + h ∇log p + √(2h) z at s, h = 2 (α_s/α)² (r |z|/|∇log p|)² for each image, at most α² + σ²."
         alpha, sigma = state.next_level.alpha, state.next_level.sigma
         state, key = state.get_random_key()
         z = jax.random.normal(key, x.shape, x.dtype)
         eps = state.denoise(x, state.next_level)[1]
-        size = 2 * alpha_ratio ** 2 * self.snr ** 2 * _square_norm(z) / _square_norm(eps)  # ε in units of σ²
+        size = 2 * alpha_ratio ** 2 * self.snr ** 2 * _square_norm(z) / _square_norm(eps)  # h in units of σ²
         size = jnp.minimum(size, 1 + (alpha / sigma) ** 2)
         return x + sigma * (jnp.sqrt(2 * size) * z - size * eps), state
