@@ -92,6 +92,13 @@ def test_the_letters_of_a_formula():
     assert find(r"c_{\rm skip}^2 \operatorname{tr} J \tag{3}") == ["c", "J"]
 
 
+def test_the_index_names_every_page_by_its_title():
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    table = next(s for s in ("".join(c["source"]) for c in index) if "| | chapter | question |" in s).split("| | chapter | question |")[1]
+    named = {file: title for title, file in re.findall(r"\[([^]]+)\]\((\d\d_\w+\.ipynb)\)", table)}
+    assert named == {f: "".join(nb["cells"][0]["source"]).split("\n")[0].removeprefix("# ") for f, nb in NOTEBOOKS.items()}
+
+
 def test_the_glossary_explains_and_leads_on():
     terms = re.findall(r"^- \*\*([^*]+)\*\*: (.+)$", words("glossary"), re.M)
     assert len(terms) >= 60 and len({t for t, _ in terms}) == len(terms)
