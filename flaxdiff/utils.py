@@ -27,11 +27,11 @@ def clip_images(
 
 # %% ../nbs/82_core.ipynb #623711a7
 def per_image(
-    v,  # scalar or (B,): one value for all images, or one for each
+    scale,  # scalar or (B,): one value for all images, or one for each
     x,  # (B, ...): the images
 ):
-    "`v` reshaped to (B, 1, …, 1), so that it multiplies whole images of `x`."
-    return jnp.reshape(v, (-1,) + (1,) * (jnp.ndim(x) - 1))
+    "`scale` reshaped to (B, 1, …, 1), so that it multiplies whole images of `x`."
+    return jnp.reshape(scale, (-1,) + (1,) * (jnp.ndim(x) - 1))
 
 # %% ../nbs/82_core.ipynb #574537a9
 class NoRandomKey(ValueError):

@@ -33,7 +33,7 @@ from .cost import (check_fits, check_memory, data_shape, describe_cost, finest_c
 from .record import (PICTURES, RunRecord, draw_images, is_number, picture_condition,
                                  picture_format, read_summary, run_folder, run_sampler, save_grid,
                                  to_bytes, write_json, write_text, write_whole)
-# Some only for programs that look for them here, where they once stood.
+# Some of these are not used below: programs written for earlier versions import them from this module.
 from .settings import (AS_STORED, CHOICES, IN_FOLDERS, KINDS, LOSSES, MAY_BE_ZERO, PREDICTORS,
                                    SCHEDULES, TOPICS, TrainConfig, check_config, check_field,
                                    choose_config, data_kind, describe_changes, kind_of, local_path,
@@ -52,14 +52,14 @@ def learning_rate(
     config,  # a `TrainConfig`
 ):
     "The schedule of a configuration, (1): update -> its learning rate."
-    eta, total = config.learning_rate, config.steps - config.optimizer_start
+    rate, total = config.learning_rate, config.steps - config.optimizer_start
     up = total // 10 if config.warmup is None else config.warmup
-    start = 0.0 if up else eta
+    start = 0.0 if up else rate
     if config.decay == "cosine":
-        return optax.warmup_cosine_decay_schedule(start, eta, up, max(total, up) + 1)
+        return optax.warmup_cosine_decay_schedule(start, rate, up, max(total, up) + 1)
     if config.decay == "constant":
-        return optax.warmup_constant_schedule(start, eta, up)
-    return lambda k: eta * jnp.minimum(k / up if up else 1, jnp.sqrt(max(up, 1) / jnp.maximum(k, 1)))
+        return optax.warmup_constant_schedule(start, rate, up)
+    return lambda k: rate * jnp.minimum(k / up if up else 1, jnp.sqrt(max(up, 1) / jnp.maximum(k, 1)))
 
 def make_optimizer(
     config,  # a `TrainConfig`

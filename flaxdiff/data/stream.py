@@ -374,13 +374,13 @@ def digits_stream(
 
 # %% ../../nbs/33_data.ipynb #b31aadd5
 def keys_kernel(
-    u,  # distances in pixels, any shape
+    d,  # distances in pixels, any shape
 ):
-    "k(u), the cubic of Keys (1981, eq. 15): 1 at 0, and 0 at every other whole number."
-    u = abs(u)
-    near = (1.5 * u - 2.5) * u * u + 1
-    far = ((2.5 - 0.5 * u) * u - 4) * u + 2
-    return (u < 1) * near + ((u >= 1) & (u < 2)) * far
+    "k(d), the cubic of Keys (1981, eq. 15): 1 at 0, and 0 at every other whole number."
+    d = abs(d)
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((2.5 - 0.5 * d) * d - 4) * d + 2
+    return (d < 1) * near + ((d >= 1) & (d < 2)) * far
 
 # %% ../../nbs/33_data.ipynb #a90d4be3
 def middle_square(

@@ -34,7 +34,7 @@ from ..utils import check_images, check_positive_int, check_whole
 # %% ../../nbs/74_features.ipynb #26f6ca9c
 @dataclass(frozen=True, eq=False)
 class Features:
-    "A callable, images (B, H, W, C) in [-1, 1] -> (B, D) in float32; it sees `batch_size` of them at once."
+    "A callable, images (B, H, W, C) in [-1, 1] -> (B, q) in float32; it sees `batch_size` of them at once."
     name: str  # what its distances are called by
     answer: Callable[[Any], tuple[Any, Any]]  # a batch -> (features, logits or None)
     image_shape: tuple[int, ...] | None = None  # (H, W, C) that it takes; None: any
@@ -45,7 +45,7 @@ class Features:
     def __call__(self,
                  images: Any,  # (B, H, W, C), in [-1, 1]
                 ) -> np.ndarray:
-        "(B, D)."
+        "(B, q)."
         return self.answers(images)[0]
 
     def probabilities(self,
@@ -60,7 +60,7 @@ class Features:
     def answers(self,
                 images: Any,  # (B, H, W, C), in [-1, 1]
                ) -> tuple[np.ndarray, np.ndarray | None]:
-        "(features (B, D), logits (B, K) or None), batch by batch; the last is filled up to compile once."
+        "(features (B, q), logits (B, K) or None), batch by batch; the last is filled up to compile once."
         images = np.asarray(images)
         check_images(images)
         if self.image_shape is not None and images.shape[1:] != tuple(self.image_shape):
@@ -82,8 +82,8 @@ def pixels(
 
 # %% ../../nbs/74_features.ipynb #eb8fb827
 class Classifier(nn.Module):
-    "Three convolutions, D numbers about the picture, and from these alone its class."
-    features: int  # D
+    "Three convolutions, q numbers about the picture, and from these alone its class."
+    features: int  # q
     classes: int  # K
     widths: tuple[int, ...] = (32, 64, 128)  # channels; each but the first halves height and width
 
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
     def __call__(self,
                  images: jax.Array,  # (B, H, W, C), in [-1, 1]
                 ) -> tuple[jax.Array, jax.Array]:
-        "(features (B, D), logits (B, K))."
+        "(features (B, q), logits (B, K))."
         h = images
         for level, width in enumerate(self.widths):
             stride = 2 if level > 0 or h.shape[1] > 16 else 1  # larger pictures are halved at once
@@ -249,7 +249,7 @@ def load_features(
 def make_classifier(
     dataset: str,  # "digits", or "idx:FOLDER" of files in MNIST's format
     out: str | Path,  # a new folder
-    features: int = 32,  # D
+    features: int = 32,  # q
     epochs: int = 6,  # how often each picture is seen
     seed: int = 0,  # of the first weights and the order
     card: Mapping[str, str] | None = None,  # further lines for people

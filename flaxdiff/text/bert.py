@@ -101,7 +101,7 @@ class BertLayer(nn.Module):
     heads: int  # must divide E
     hidden: int  # length of the wide layer
     activation: str  # a key of `activations`
-    eps: float  # ε of (1)
+    eps: float  # δ of (1)
 
     @nn.compact
     def __call__(self,
@@ -125,7 +125,7 @@ class Bert(nn.Module):
     heads: int  # must divide E
     hidden: int  # length of the wide layers
     activation: str = "gelu"  # a key of `activations`
-    eps: float = 1e-12  # ε of (1)
+    eps: float = 1e-12  # δ of (1)
     kinds: int = 2  # rows of the table of which only the first is used
 
     @nn.compact
