@@ -94,7 +94,6 @@ def test_the_letters_of_a_formula():
     assert find(r"c_{\rm skip}^2 \operatorname{tr} J \tag{3}") == ["c", "J"]
 
 
-<<<<<<< /tmp/tmpixp8hdkt/a
 @pytest.mark.parametrize("name", FILES)
 def test_the_next_chapter_is_the_next_one(name):
     number, wrong = int(FILES[name][:2]), []
@@ -102,13 +101,13 @@ def test_the_next_chapter_is_the_next_one(name):
         for pattern, apart in ((r"(the )?next chapter('s)?", 1), (r"(the )?((last|previous) chapter|chapter before)('s)?", -1)):
             if re.fullmatch(pattern, said, re.I) and int(target) - number != apart: wrong.append(f"[{said}] leads to {target}")
     assert not wrong, f"{FILES[name]}: {wrong}; name the chapter instead"
-=======
+
+
 def test_the_index_names_every_page_by_its_title():
     index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
     table = next(s for s in ("".join(c["source"]) for c in index) if "| | chapter | question |" in s).split("| | chapter | question |")[1]
     named = {file: title for title, file in re.findall(r"\[([^]]+)\]\((\d\d_\w+\.ipynb)\)", table)}
     assert named == {f: "".join(nb["cells"][0]["source"]).split("\n")[0].removeprefix("# ") for f, nb in NOTEBOOKS.items()}
->>>>>>> /tmp/tmpixp8hdkt/c
 
 
 def test_the_glossary_explains_and_leads_on():
