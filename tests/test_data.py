@@ -1010,7 +1010,7 @@ def test_opaque_bytes_are_read_as_they_always_were():
     for kind in ("jpeg", "png", "webp"):
         for channels, mode in ((1, "L"), (3, "RGB")):
             file = in_file(picture, kind)
-            old = np.asarray(stream.middle_square(Image.open(io.BytesIO(file["image"])).convert(mode), 64), np.float32).reshape(64, 64, channels) / 127.5 - 1
+            old = np.asarray(module_pixels.middle_square(Image.open(io.BytesIO(file["image"])).convert(mode), 64), np.float32).reshape(64, 64, channels) / 127.5 - 1
             assert np.array_equal(PrepareImage(64, channels)(file), old)
 
 

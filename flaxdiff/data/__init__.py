@@ -2,10 +2,10 @@
 from .arrays import Arrays, array_stream, read_idx, read_idx_folder, read_npz, table_stream
 from .augment import apply_augmentation, augment_image, augmentation_labels, draw_augmentation, warp_image
 from .folder import FileStream, ImageFolder
-from .pixels import PrepareImage, compose, open_picture
+from .pixels import PrepareImage, compose, keys_kernel, middle_square, open_picture
 from .prefetch import DevicePrefetch, prefetch_to_device
-from .stream import (EndlessLine, ExamplesOf, ImageStream, choose_part, host_rows, keys_kernel, load_digits,
-                     middle_square, mix_streams)
+from .stream import (EndlessLine, ExamplesOf, ImageStream, choose_part, host_rows, load_digits,
+                     mix_streams)
 from .tfds import find_tfds, get_dataset, open_tfds
 
 TFDSStream = FileStream  # its name before folders could be read

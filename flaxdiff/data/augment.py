@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .stream import keys_kernel
+from .pixels import keys_kernel
 from ..utils import check_real, check_shape
 
 # %% ../../nbs/38_augment.ipynb #51d0910e

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'TURNS', 'DEEP', 'LUMINANCE', 'ASPECTS', 'open_picture', 'upright', 'read_orientation', 'picture_size',
            'deep_colours', 'colours_and_opacity', 'to_grey', 'resize_plane', 'both_sides', 'compose',
-           'check_background', 'choose_square', 'square_image', 'draw_text', 'PrepareImage', 'bucket_shapes',
-           'nearest_bucket']
+           'check_background', 'keys_kernel', 'middle_square', 'choose_square', 'square_image', 'draw_text',
+           'PrepareImage', 'bucket_shapes', 'nearest_bucket']
 
 # %% ../../nbs/34_pixels.ipynb #69c7f2ca
 import io
@@ -148,6 +148,28 @@ def check_background(
         pass
     raise ValueError("background must be a colour's name such as 'white' or three numbers from 0 to 255, "
                      f"got {background!r}")
+
+# %% ../../nbs/34_pixels.ipynb #b31aadd5
+def keys_kernel(
+    d,  # distances in pixels, any shape
+):
+    "k(d), the cubic of Keys (1981, eq. 15): 1 at 0, and 0 at every other whole number."
+    d = abs(d)
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((2.5 - 0.5 * d) * d - 4) * d + 2
+    return (d < 1) * near + ((d >= 1) & (d < 2)) * far
+
+# %% ../../nbs/34_pixels.ipynb #a90d4be3
+def middle_square(
+    picture,  # a PIL image
+    image_scale,  # height and width wanted
+) -> Image.Image:
+    "The middle square of `picture`, resized with Keys' cubic kernel, wide enough not to alias."
+    side = min(picture.size)
+    left = (picture.width - side) // 2
+    top = (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square.resize((image_scale, image_scale), Image.Resampling.BICUBIC)
 
 # %% ../../nbs/34_pixels.ipynb #555bf0e6
 def choose_square(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['host_rows', 'EndlessLine', 'machine_memory', 'check_memory', 'check_channels', 'check_pixels', 'ImageStream',
-           'choose_part', 'ExamplesOf', 'MixedStream', 'mix_streams', 'load_digits', 'digits_stream', 'keys_kernel',
-           'middle_square']
+           'choose_part', 'ExamplesOf', 'MixedStream', 'mix_streams', 'load_digits', 'digits_stream']
 
 # %% ../../nbs/33_data.ipynb #fc0ebca4
 import os
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from ..utils import check_choice, check_flag, check_positive_int, check_real, check_whole
 
@@ -372,24 +370,10 @@ def digits_stream(
     data.label_names = [str(digit) for digit in range(10)]
     return data
 
-# %% ../../nbs/33_data.ipynb #b31aadd5
-def keys_kernel(
-    d,  # distances in pixels, any shape
-):
-    "k(d), the cubic of Keys (1981, eq. 15): 1 at 0, and 0 at every other whole number."
-    d = abs(d)
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((2.5 - 0.5 * d) * d - 4) * d + 2
-    return (d < 1) * near + ((d >= 1) & (d < 2)) * far
-
-# %% ../../nbs/33_data.ipynb #a90d4be3
-def middle_square(
-    picture,  # a PIL image
-    image_scale,  # height and width wanted
-) -> Image.Image:
-    "The middle square of `picture`, resized with Keys' cubic kernel, wide enough not to alias."
-    side = min(picture.size)
-    left = (picture.width - side) // 2
-    top = (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return square.resize((image_scale, image_scale), Image.Resampling.BICUBIC)
+# %% ../../nbs/33_data.ipynb #5c0b7ad3
+def __getattr__(name):
+    "The names of `flaxdiff.data.pixels` that stood here before."
+    from . import pixels
+    if name in ("keys_kernel", "middle_square"):
+        return getattr(pixels, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
