@@ -29,7 +29,7 @@ def first_guess(
     n,  # how many levels
     knots,  # places, at most
 ):
-    "θ of a known grid: log(step in λ) and two corrections of 0 at each of `knots` places; 0.1 for the end."
+    "Θ of a known grid: log(step in λ) and two corrections of 0 at each of `knots` places; 0.1 for the end."
     k = min(knots, n - 1)
     with jax.enable_x64(True):
         lam = np.asarray(schedule.log_snr(grid(schedule, schedule.max_timesteps, schedule.min_time, n))) / 2
@@ -38,10 +38,10 @@ def first_guess(
 
 def unfold(
     schedule,  # a `NoiseScheduler`
-    theta,  # (3 knots + 1,): θ
+    theta,  # (3 knots + 1,): Θ
     n,  # how many levels
 ):
-    "(times (n,), corrections (n-1, 2)) of θ, straight lines between knots; λ ends θ²₋₁ before its largest."
+    "(times (n,), corrections (n-1, 2)) of Θ, straight lines between knots; λ ends Θ²₋₁ before its largest."
     knots = jnp.reshape(theta[:-1], (3, -1))
     places = jnp.linspace(0, 1, n - 1)
     steps, *corrections = (jnp.interp(places, jnp.linspace(0, 1, len(k)), k) for k in knots)
@@ -63,13 +63,13 @@ def bounded(
 
 # %% ../../nbs/23_few_steps.ipynb #33b83a9c
 def least_squares(
-    linearize: Callable[..., Any],  # θ (P,) -> (r (M,), its derivative J (P, M))
-    cost: Callable[..., float],  # θ -> the number that should fall
+    linearize: Callable[..., Any],  # Θ (P,) -> (r (M,), its derivative J (P, M))
+    cost: Callable[..., float],  # Θ -> the number that should fall
     theta,  # (P,): where to begin
     iterations=40,  # at most
     progress=True,  # show a bar
 ):
-    "θ by Levenberg's and Marquardt's damped Gauss–Newton steps; ends when one gains less than a thousandth."
+    "Θ by Levenberg's and Marquardt's damped Gauss–Newton steps; ends when one gains less than a thousandth."
     best, damping = cost(theta), 1e-3
     bar = tqdm(range(iterations), desc="fit", disable=not progress)
     for _ in bar:
@@ -164,14 +164,14 @@ class FewStepSampler(MultistepSampler):
         return super().encode(x, steps, conditioning, progress)
 
     def residual(self,
-                 theta,  # (3 knots + 1,): θ
+                 theta,  # (3 knots + 1,): Θ
                  denoiser,  # the sampler's own, or one like it
                  x,  # (B, …): noise at the first level
                  target,  # (B, …): where it should go
                  n,  # how many levels
                  conditioning,  # a dict or a tuple
                 ):
-        "What n calls from x are off by, at θ: the whole sampler as a function of its levels and weights."
+        "What n calls from x are off by, at Θ: the whole sampler as a function of its levels and weights."
         trial = copy.copy(self)
         times, corrections = unfold(self.noise_schedule, theta.astype(x.dtype), n)
         trial.steps, trial.corrections = None, corrections
@@ -183,7 +183,7 @@ class FewStepSampler(MultistepSampler):
                         n,  # how many levels
                         conditioning,  # a dict or a tuple
                        ):
-        "(θ -> (residual, derivative), θ -> cost), compiled; c is a tenth of the data's spread."
+        "(Θ -> (residual, derivative), Θ -> cost), compiled; c is a tenth of the data's spread."
         limit = (0.1 * jnp.std(target)) ** 2
         data = self.denoiser, x, target, conditioning
 

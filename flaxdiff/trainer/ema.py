@@ -82,7 +82,7 @@ def power_update(
     step: ArrayLike,  # updates made before this one
     sigma_rels: Sequence[float] = SIGMA_RELS,  # the widths
 ) -> tuple:
-    "θ̂ ← θ̂ + (1-β)(θ - θ̂) for each width: (3), in the averages' own dtype. Pure."
+    "Θ̂ ← Θ̂ + (1-β)(Θ - Θ̂) for each width: (3), in the averages' own dtype. Pure."
     _check_widths(emas, sigma_rels)
     gains = [power_decay(step, float(power_gamma(s)))[1] for s in sigma_rels]
     def toward(gain):
