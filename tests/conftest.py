@@ -25,8 +25,9 @@ def known_flags(python=sys.executable):
     while True:
         test = subprocess.run([python, "-c", "import jax; jax.devices()"], env={**os.environ, "XLA_FLAGS": " ".join(flags)}, capture_output=True, text=True)
         unknown = re.search(r"Unknown flags? in XLA_FLAGS: (.+)", test.stderr)
-        if not unknown: return " ".join(flags)
-        flags = [flag for flag in flags if flag not in unknown[1].split()]
+        known = [flag for flag in flags if unknown and flag not in unknown[1].split()]
+        if not unknown or known == flags: return " ".join(flags)
+        flags = known
 
 
 if "XLA_FLAGS" not in os.environ: os.environ["XLA_FLAGS"] = known_flags()  # the workers have it from the process that starts them
