@@ -1,15 +1,18 @@
 """How good the shipped models are: samples, measured in the shipped features against all pictures of the data set.
 
-    python benchmarks/quality.py digits [--num 1000] [--rng 0] [--sampler NAME] [--levels N] [--load samples.npz] [--save samples.npz] [--card]
+    python benchmarks/quality.py digits [--num 1000] [--rng 0] [--sampler NAME] [--levels N] [--guidance W] [--load samples.npz] [--save samples.npz] [--card]
 
 Ten levels of DPM-Solver++ by default, four jumps of a flow map, all thousand levels of the DDPM. Prints the Fréchet distance as it is and at 1/n = 0,
 the share of samples of which the classifier is sure, and for models with labels or captions the share in which it sees what was asked for. Labels are asked for in turn, captions as they stand in the data.
+No classifier of emoji ships: there, a hundred captions are asked for in turn (twelve levels, guidance 3), and what is measured is for how many samples the caption's own picture is the nearest of the hundred.
 `--card` writes the lines into the model's card.
 """
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from flaxdiff.data import load_digits
 from flaxdiff.data.captions import describe_digits
@@ -19,15 +22,38 @@ from flaxdiff.pretrained import SHIPPED, load_model, write_card
 from flaxdiff.text import load_text_encoder
 
 FEATURES = {"digits": "digits", "digits-ddpm": "digits", "digits-flow": "digits", "digits-map": "digits", "digits-text": "digits", "fashion": "fashion"}  # of each model
+EMOJI = Path(__file__).resolve().parents[1] / "nbs" / "images"  # a hundred of the pictures that the emoji model was trained on, and their captions
 
 
-def walk_of(model):
-    "Solver and levels of a model's card: its usual ones where it needs them, else ten of DPM-Solver++."
-    return ("dpm-solver++", 10) if model.usual_way[0] == "heun" else model.usual_way
+def walk_of(name, model):
+    "Solver, levels and guidance of a model's card: its usual ones where it needs them, else ten levels of DPM-Solver++."
+    if name == "emoji": return "dpm-solver++", 12, 3.0
+    return ("dpm-solver++", 10, 1.0) if model.usual_way[0] == "heun" else (*model.usual_way, 1.0)
 
 
-def ask(model, n, rng=0):
-    "(conditions of n samples, the labels that they ask for or None)."
+def real_emoji():
+    "(the hundred real pictures, (100, 16, 16, 3) in [-1, 1], their captions)."
+    sheet = np.asarray(Image.open(EMOJI / "emoji_real.png").convert("RGB"), np.float32) / 127.5 - 1
+    captions = json.loads((EMOJI / "emoji_real.json").read_text(encoding="utf-8"))
+    return sheet.reshape(10, 16, 10, 16, 3).swapaxes(1, 2).reshape(100, 16, 16, 3), captions
+
+
+def mean_colours(images):
+    "The mean colours of 8 × 8 squares, a row a picture, (n, 192)."
+    return images.reshape(len(images), 8, 2, 8, 2, 3).mean((2, 4)).reshape(len(images), -1)
+
+
+def nearest_emoji(images):
+    "Which of the hundred real pictures is the nearest to each, (n,): by colours and rough shapes, not by single pixels."
+    drawn, real = mean_colours(images), mean_colours(real_emoji()[0])
+    return ((drawn[:, None] - real) ** 2).sum(2).argmin(1)
+
+
+def ask(name, model, n, rng=0):
+    "(conditions of n samples, the labels or numbers of the captions that they ask for, or None)."
+    if name == "emoji":
+        captions, numbers = real_emoji()[1], np.arange(n) % 100
+        return load_text_encoder(model.encoder)([captions[i] for i in numbers]), numbers
     if "label" in model.conditions:
         labels = np.arange(n, dtype=np.int32) % 10
         return {"label": labels}, labels
@@ -39,10 +65,12 @@ def ask(model, n, rng=0):
     return (), None
 
 
-def draw(model, n, rng=0, sampler="dpm-solver++", levels=10, at_once=250):
-    "(n samples, the labels asked for or None)."
-    conditions, labels = ask(model, n, rng)
-    solver, parts = model.sampler(sampler), []
+def draw(name, n, rng=0, way=None, at_once=250):
+    "(n samples by `way`, solver, levels and guidance; what `ask` says that they were asked for)."
+    model = load_model(name)
+    sampler, levels, guidance = way or walk_of(name, model)
+    conditions, labels = ask(name, model, n, rng)
+    solver, parts = model.sampler(sampler, guidance_scale=guidance), []
     for start in range(0, n, at_once):
         count = min(at_once, n - start)
         part = {name: value[start:start + count] for name, value in conditions.items()} if conditions else ()
@@ -52,6 +80,7 @@ def draw(model, n, rng=0, sampler="dpm-solver++", levels=10, at_once=250):
 
 def measure(name, images, labels=None):
     "What a card says of these samples of this model, by name."
+    if name == "emoji": return {"as asked": measure_share("the caption's own picture is the nearest of the hundred real ones for", nearest_emoji(images) == labels)}
     features = load_features(FEATURES[name])
     shards, p = collect_stats(features, images), features.probabilities(images)
     found = {"distance": measure_frechet(features.reference, shards), "distance at 1/n = 0": frechet_limit(features.reference, shards),
@@ -62,24 +91,26 @@ def measure(name, images, labels=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=FEATURES)
+    parser.add_argument("name", choices=[*FEATURES, "emoji"])
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--rng", type=int, default=0)
     parser.add_argument("--sampler")
     parser.add_argument("--levels", type=int)
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--load", help="samples of an earlier call")
     parser.add_argument("--save", help="where to keep the samples")
     parser.add_argument("--card", action="store_true", help="write the lines into the card")
     args = parser.parse_args()
     model = load_model(args.name)
-    sampler, levels = walk_of(model)
-    args.sampler, args.levels = args.sampler or sampler, args.levels or levels
-    if args.load:
-        images, labels = np.load(args.load)["images"], ask(model, args.num, args.rng)[1]
-    else: images, labels = draw(model, args.num, args.rng, args.sampler, args.levels)
+    given = args.sampler, args.levels, args.guidance
+    way = tuple(usual if value is None else value for value, usual in zip(given, walk_of(args.name, model)))
+    sampler, levels, guidance = way
+    if args.load: images, labels = np.load(args.load)["images"], ask(args.name, model, args.num, args.rng)[1]
+    else: images, labels = draw(args.name, args.num, args.rng, way)
     if args.save: np.savez_compressed(args.save, images=images.astype(np.float16))
     rows = {key: str(value) for key, value in measure(args.name, images, labels).items()}
-    rows["measured"] = f"`python benchmarks/quality.py {args.name} --num {len(images)} --rng {args.rng} --sampler {args.sampler} --levels {args.levels}`"
+    guided = f" --guidance {guidance:g}" if guidance != 1 else ""
+    rows["measured"] = f"`python benchmarks/quality.py {args.name} --num {len(images)} --rng {args.rng} --sampler {sampler} --levels {levels}{guided}`"
     for key, text in rows.items(): print(f"{key}: {text}")
     if args.card:
         folder = SHIPPED / args.name

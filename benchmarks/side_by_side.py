@@ -456,14 +456,14 @@ def budget_same(kind, path, sigma_data):
 
 
 def budget_diffusers(kind, path, sigma_data):
-    "As its tutorial has it: UNet2DModel, the noise of DDPM's cosine schedule, and its DPM-Solver++ for the samples."
+    "As its tutorial has it: UNet2DModel, ε, DDPMScheduler(1000) as it comes, which is linear betas; its DPM-Solver++ for the samples."
     import diffusers as D
     import torch
     batch, depths = Batches(path), DEPTHS[kind]
     look = ["DownBlock2D" if i < 2 else "AttnDownBlock2D" for i in range(len(depths))]
     net = D.UNet2DModel(sample_size=batch.images.shape[1], in_channels=1, out_channels=1, block_out_channels=depths, layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
                         down_block_types=look, up_block_types=[name.replace("Down", "Up") for name in reversed(look)])
-    scheduler = D.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    scheduler = D.DDPMScheduler(1000)
 
     def loss(x):
         eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),))
@@ -528,7 +528,7 @@ def budget(kind):
         return {"title": f"Quality within {total} seconds of training: {'the digits' if kind == 'digits' else 'Fashion-MNIST'}",
                 "columns": ["", "seconds", "updates", f"FD ({kind}), n = {n:,}", "recognised", "images/s when sampling"], "rows": [row for name in names for row in rows[name]],
                 "caption": f"From nothing, the compiling counted; batches of {BATCH}, Adam at {RATE}, an average of decay {DECAY}, no labels. Samples by {CALLS} calls: DPM-Solver++ 2M (here, k-diffusion, diffusers), "
-                "and 200 of Euler ancestral for the flaxdiff of PyPI, as its README has it. `PyTorch, same network` is our UNet with k-diffusion's sampler; diffusers learns ε on the cosine schedule. "
+                "and 200 of Euler ancestral for the flaxdiff of PyPI, as its README has it. `PyTorch, same network` is our UNet with k-diffusion's sampler; diffusers learns ε on linear betas, as its tutorial has it. "
                 "FD as in the chapter on metrics, smaller is better; recognised is the share of which the classifier is sure. One seed each."}
     return part
 

@@ -1,10 +1,10 @@
 """Which sampler: the shipped models drawn from by every solver at the same number of network calls.
 
-    python benchmarks/which_sampler.py [--parts digits digits-flow fashion guided] [--num 1000] [--out nbs/images/which_sampler.json] [--quick]
+    python benchmarks/which_sampler.py [--parts digits digits-flow fashion guided guided-strongly] [--num 1000] [--out nbs/images/which_sampler.json] [--quick]
 
 Each row of a part is (network calls, distance to the many-call answer, Fréchet distance, its error). The distance is the root mean square
 of what a picture is off from the picture that 400 calls of Heun's method make of the same noise; it is left out for solvers that draw noise,
-whose pictures are others. The Fréchet distance is measured in the shipped features, and left out where there are too few pictures for it.
+whose pictures are others. The guided parts are the model of digits by their captions, w = 3 and 7.5. The Fréchet distance is measured in the shipped features, and left out where there are too few pictures for it.
 """
 import argparse
 import datetime
@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quality import ask
+
 from flaxdiff.metrics import collect_stats, load_features, measure_frechet
 from flaxdiff.pretrained import load_model
 
@@ -32,7 +34,8 @@ SOLVERS = {  # what it is called on the page: (its name, options, network calls 
     "Euler–Maruyama": ("euler-maruyama", {}, lambda n: n, True), "predictor–corrector": ("predictor-corrector", {}, lambda n: 2 * n - 1, True)}
 SHORT = "DDIM", "Heun", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC 2", "UniPC 3", "DEIS 3"
 PARTS = {"digits": ("digits", tuple(SOLVERS), 1.0), "digits-flow": ("digits-flow", (*SHORT, "Euler ancestral"), 1.0),
-         "fashion": ("fashion", SHORT, 1.0), "guided": ("fashion", SHORT, 3.0)}
+         "fashion": ("fashion", SHORT, 1.0),
+         "guided": ("digits-text", SHORT, 3.0), "guided-strongly": ("digits-text", SHORT, 7.5)}
 
 
 def levels_for(calls, budget):
@@ -52,12 +55,12 @@ def measure_part(part, num, budgets, at_once=250):
     "The rows of each solver of one part, by name."
     name, solvers, scale = PARTS[part]
     model = load_model(name)
-    shape, labels = model.image_shape, "label" in model.conditions
+    shape, asked = model.image_shape, ask(name, model, num)[0] or {}
     starts = range(0, num, at_once)
     def noise_of(start):
         std = float(jnp.hypot(model.noise_schedule.alpha(1.0) * (not model.noise_schedule.variance_exploding), model.noise_schedule.sigma(1.0)))
         return std * jax.random.normal(jax.random.key(start), (min(at_once, num - start), *shape))
-    def conditions(start): return {"label": jnp.arange(start, start + min(at_once, num - start)) % 10} if labels else {}
+    def conditions(start): return {key: jnp.asarray(rows[start:start + at_once]) for key, rows in asked.items()}
     def all_images(sampler, levels):
         return np.concatenate([draw(sampler, noise_of(s), levels, jax.random.key(1000 + s), conditions(s), 256 if levels > 128 else 128) for s in starts])
     goal = all_images(model.sampler("heun", guidance_scale=scale), 200)
@@ -88,11 +91,11 @@ def main():
     args = parser.parse_args()
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for part in args.parts:
-        num = 8 if args.quick else args.num if part.startswith("digits") else 20
+        num = 8 if args.quick else args.num if part != "fashion" else 20
         rows = measure_part(part, num, BUDGETS[:2] if args.quick else BUDGETS)
         made = {"date": datetime.date.today().isoformat(), "device": f"{jax.devices()[0].device_kind}, two cores shared with other programs",
                 "versions": f"jax {jax.__version__}, Python {platform.python_version()}", "pictures": num,
-                "command": f"python benchmarks/which_sampler.py --parts {part}" + f" --num {num}" * part.startswith("digits")}
+                "command": f"python benchmarks/which_sampler.py --parts {part}" + f" --num {num}" * (part != "fashion")}
         found[part] = {"made": made, "rows": rows}
         args.out.write_text(json.dumps(found, ensure_ascii=False).replace('"rows": ', '\n"rows": ') + "\n", encoding="utf-8")
 

@@ -464,10 +464,25 @@ def test_cards_name_their_metric_with_error_and_n(name):
     assert ("as asked" in card) == bool(load_model(name).conditions)
 
 
+def test_every_shipped_model_has_its_measure():
+    assert {*quality.FEATURES, "emoji"} == {folder.name for folder in SHIPPED.iterdir() if not folder.name.startswith("features-")}
+    card = load_model("emoji").card
+    assert on_card(card, "as asked")[2] == 1000 and card["measured"].startswith("`python benchmarks/quality.py emoji --num 1000 ")
+
+
+def test_emoji_are_told_apart():
+    "A real picture is the nearest to itself, also with noise on it; another one is not."
+    real, captions = quality.real_emoji()
+    assert real.shape == (100, 16, 16, 3) and len(captions) == len(set(captions)) == 100
+    noisy = real + np.random.default_rng(0).normal(0, 0.1, real.shape)
+    assert (quality.nearest_emoji(noisy) == np.arange(100)).all()
+    assert quality.measure("emoji", np.roll(real, 1, axis=0), np.arange(100))["as asked"].value == 0
+
+
 def test_digits_are_as_good_as_their_card_says():
     "Fewer samples than the card's, so at 1/n = 0; what is spoiled by noise is not as good."
     card = load_model("digits").card
-    images, _ = quality.draw(load_model("digits"), 250, rng=7)
+    images, _ = quality.draw("digits", 250, rng=7)
     found = quality.measure("digits", images)
     for key in ("distance at 1/n = 0", "recognised"): assert agrees(found[key], on_card(card, key)), (key, str(found[key]), card[key])
     spoiled = quality.measure("digits", np.roll(images, 1, axis=2))
@@ -475,7 +490,7 @@ def test_digits_are_as_good_as_their_card_says():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n", [("digits", 1000), ("digits-ddpm", 300), ("digits-flow", 1000), ("digits-map", 1000), ("digits-text", 1000), ("fashion", 500)])
+@pytest.mark.parametrize("name, n", [("digits", 1000), ("digits-ddpm", 300), ("digits-flow", 1000), ("digits-map", 1000), ("digits-text", 1000), ("emoji", 200), ("fashion", 500)])
 def test_models_are_as_good_as_their_cards_say(name, n):
     "By the command that wrote them, with another seed, and compiled as users have it."
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
