@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .speed import run_once_options
+
 # %% ../nbs/32_any_network.ipynb #dcb4e30f
 class Network(Protocol):
     "What can be trained: a flax module, or anything else with these two."
@@ -161,7 +163,7 @@ class NetworkCall:
         mode = mode_of(self.init_takes, False)
         init = partial(self.model.init, **mode) if mode else self.model.init
         keys = layer_keys(key) if self.is_nnx else key
-        return jax.jit(init)(keys, x, temb, *places, **names)
+        return jax.jit(init, compiler_options=run_once_options())(keys, x, temb, *places, **names)
 
     def apply(self,
               variables: Any,  # all of the network's
