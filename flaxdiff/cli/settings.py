@@ -272,7 +272,7 @@ def choose_recipe(
         return check_choice("recipe", given["recipe"], RECIPES)
     if given.get("dataset", "digits") == "digits":
         return "digits"
-    # The data are not read yet: IDX files are mostly of MNIST's size, other pictures are cut to 64 by default.
+    # The data are not read yet: IDX files are mostly of MNIST's size, other pictures become 64 by default.
     size = given.get("image_size", 28 if data_kind(given["dataset"]) == "idx" else 64)
     size = size if isinstance(size, int) else 64  # what is no number is refused later
     return "small28" if size <= 32 else "photos64" if size <= 64 else "photos128"
@@ -408,7 +408,7 @@ def change_config(
     if fresh_at is not None:
         changes |= {"warmup": given.get("warmup"), "optimizer_start": fresh_at}
     elif "steps" in changes and config.warmup is None:  # the rise is not stretched
-        changes["warmup"] = (config.steps - config.optimizer_start) // 10  # the tenth that it was by default
+        changes["warmup"] = (config.steps - config.optimizer_start) // 10  # the tenth that it was
     return dataclasses.replace(config, **changes)
 
 # %% ../../nbs/63_settings.ipynb #047b757b
