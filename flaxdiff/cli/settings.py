@@ -59,8 +59,8 @@ CHOICES = {"recipe": ["digits", "small28", "photos64", "photos128"],
 class TrainConfig:
     "All that a run depends on: each field is a flag of `flaxdiff-train`, and is written to RUN/config.json."
     # The defaults are those of the first chapter, which trains on 1,797 digits of 8×8: 1,200 updates of 128,
-    # a rate of 2e-3, an average of .995, channels 32 and 64. How often something is written is chosen for runs
-    # of that length. One condition in ten is left out, as in Ho & Salimans 2022, section 4.
+    # a rate of 2e-3, an average of .995, channels 32 and 64. How often something is written is chosen for
+    # runs of that length. One condition in ten is left out, as in Ho & Salimans 2022, section 4.
     dataset: str = "digits"  # 'digits', 'folder:PATH', npz:, idx: or hf:PATH, or a TensorFlow data set
     recipe: str = "digits"  # settings that somebody used for such data; by default as suits its size
     image_size: int | None = None  # pixels; by default 8 for the digits, as stored in arrays, else 64
@@ -239,7 +239,7 @@ def check_parts(
                          f"{data} holds {held}, which is to be held out")
 
 # %% ../../nbs/63_settings.ipynb #ddc697db
-# Peebles & Xie 2023, table 1: DiT-S, DiT-S and DiT-B; patches for 14², 16² and 16² tokens, as their 32²/2² are.
+# Peebles & Xie 2023, table 1: DiT-S twice, then DiT-B; patches for 14², 16² and 16² tokens, theirs have 16².
 TRANSFORMERS: dict[str, dict[str, typing.Any]] = {  # the size of one, by recipe
     "small28": dict(patch_size=2, width=384, depth=12, heads=6),
     "photos64": dict(patch_size=4, width=384, depth=12, heads=6),
@@ -247,12 +247,13 @@ TRANSFORMERS: dict[str, dict[str, typing.Any]] = {  # the size of one, by recipe
 
 RECIPES: dict[str, dict[str, typing.Any]] = {
     "digits": {},  # the defaults above
-    # Permenter & Yuan 2024, examples/fashion_mnist.py of smalldiffusion: 250 · 60,000 images / 1,024 = 14,648.
+    # Permenter & Yuan 2024, their examples/fashion_mnist.py: 250 rounds of 60,000 images / 1,024 = 14,648.
     "small28": dict(features=(28, 56, 112), res_blocks=2, attention_levels=2, emb_features=112,
                     batch_size=1024, steps=14_648, learning_rate=7e-4, warmup=0, decay="constant",
                     ema_decay=0.99, flip=True),
-    # Karras et al. 2022, their README's row ffhq-64x64-uncond-vp, and table 7: 200 million images / 256 = 781,250,
-    # a rise over 10 million / 256 = 39,062, and 0.5 ** (256 / 500,000) = .99965 for a half-life of .5 million.
+    # Karras et al. 2022, table 7, and their README's row ffhq-64x64-uncond-vp: 200 million images / 256
+    # = 781,250, a rise over 10 million / 256 = 39,062, and .5 ** (256 / 500,000) = .99965, a half-life of
+    # .5 million.
     "photos64": dict(features=(128, 256, 256, 256), res_blocks=4, attention_levels=3, emb_features=512,
                      batch_size=256, steps=781_250, learning_rate=2e-4, warmup=39_062, decay="constant",
                      ema_decay=0.99965, augment=0.15, dropout=0.05, checkpoint_every=5000,
@@ -271,7 +272,7 @@ def choose_recipe(
         return check_choice("recipe", given["recipe"], RECIPES)
     if given.get("dataset", "digits") == "digits":
         return "digits"
-    # Before the data are read: IDX files are mostly of MNIST's size, and other pictures are cut to 64 by default.
+    # The data are not read yet: IDX files are mostly of MNIST's size, other pictures become 64 by default.
     size = given.get("image_size", 28 if data_kind(given["dataset"]) == "idx" else 64)
     size = size if isinstance(size, int) else 64  # what is no number is refused later
     return "small28" if size <= 32 else "photos64" if size <= 64 else "photos128"
@@ -407,7 +408,7 @@ def change_config(
     if fresh_at is not None:
         changes |= {"warmup": given.get("warmup"), "optimizer_start": fresh_at}
     elif "steps" in changes and config.warmup is None:  # the rise is not stretched
-        changes["warmup"] = (config.steps - config.optimizer_start) // 10  # the tenth that it was by default
+        changes["warmup"] = (config.steps - config.optimizer_start) // 10  # the tenth that it was
     return dataclasses.replace(config, **changes)
 
 # %% ../../nbs/63_settings.ipynb #047b757b
