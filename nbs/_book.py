@@ -258,8 +258,7 @@ def main():
     for f, cell, text in stale(load(), notebooks): cell["source"] = text.splitlines(keepends=True); changed[f] = notebooks[f]
     for f, nb in notebooks.items():
         if close_solutions(nb["cells"]): changed[f] = nb
-    stale = [f"{f} is not what the tables say; run python nbs/_book.py" for f in changed]
-    if "check" in sys.argv[1:] and stale: sys.exit("\n".join(stale))
+    if "check" in sys.argv[1:]: sys.exit("\n".join(f"{f} is not what the tables say; run python nbs/_book.py" for f in changed) or None)
     for f, nb in changed.items(): (NBS / f).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
