@@ -163,7 +163,8 @@ class NetworkCall:
         mode = mode_of(self.init_takes, False)
         init = partial(self.model.init, **mode) if mode else self.model.init
         keys = layer_keys(key) if self.is_nnx else key
-        return jax.jit(init, compiler_options=run_once_options())(keys, x, temb, *places, **names)
+        options = None if isinstance(key, Tracer) else run_once_options()  # JAX takes them at the outermost jit
+        return jax.jit(init, compiler_options=options)(keys, x, temb, *places, **names)
 
     def apply(self,
               variables: Any,  # all of the network's

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..pretrained import load_params
+from ..speed import run_once_options
 from . import checkpoints
 from .checkpoints import by_path
 from .parallel import DataParallel, fsdp_sharding
@@ -153,7 +154,7 @@ def first_state(
     kind = jax.random.key_impl(key)
     numbers = np.asarray(jax.random.key_data(key))  # the same on every host
     return jax.jit(lambda numbers: make(jax.random.wrap_key_data(numbers, impl=kind)),
-                   out_shardings=place)(numbers)
+                   out_shardings=place, compiler_options=run_once_options())(numbers)
 
 # %% ../../nbs/47_device_state.ipynb #f43ff0d5
 def check_like(
