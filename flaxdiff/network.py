@@ -163,7 +163,7 @@ class NetworkCall:
         mode = mode_of(self.init_takes, False)
         init = partial(self.model.init, **mode) if mode else self.model.init
         keys = layer_keys(key) if self.is_nnx else key
-        options = None if isinstance(key, Tracer) else run_once_options()  # JAX takes them at the outermost jit
+        options = None if isinstance(key, Tracer) else run_once_options()  # none inside another program
         return jax.jit(init, compiler_options=options)(keys, x, temb, *places, **names)
 
     def apply(self,
