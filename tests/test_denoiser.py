@@ -157,7 +157,7 @@ def test_old_programs_are_let_go(calls):
     done = subprocess.run([sys.executable, "-c", MEMORY % calls], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     half, end, kept = map(int, done.stdout.split())
-    assert kept == 16 and end < half + 3 * calls, (half, end)  # 13 maps a program before: the second half would add 6.5 times the calls
+    assert kept == 16 and end < half + min(3 * calls, 300), (half, end)  # 13 maps a program before: the second half would add 6.5 times the calls
 
 
 def test_programs_are_let_go_one_by_one():
