@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'PACKAGES', 'WRAPPERS', 'FORMAT', 'VERSION', 'SAMPLERS', 'SizedNetwork', 'SHIPPED', 'write_tensors',
            'read_tensors', 'flatten', 'nest', 'halve', 'arguments_of', 'to_json', 'from_json', 'find_class', 'rebuild',
            'is_same', 'describe', 'local_folder', 'new_folder', 'whole_folder', 'usual_way', 'write_card', 'unwrapped',
-           'check_names', 'check_texts', 'check_parts', 'save_model', 'null_tensors', 'split_null', 'file_sha256',
-           'write_text', 'PretrainedModel', 'shipped_models', 'find_model', 'read_description', 'make_parts',
-           'read_weights', 'load_params', 'load_model']
+           'check_names', 'check_texts', 'check_label_names', 'check_parts', 'save_model', 'null_tensors', 'split_null',
+           'file_sha256', 'write_text', 'PretrainedModel', 'shipped_models', 'find_model', 'read_description',
+           'make_parts', 'read_weights', 'load_params', 'load_model']
 
 # %% ../nbs/69_pretrained.ipynb #779d9e08
 import dataclasses
@@ -284,6 +284,8 @@ def usual_way(
         alpha, sigma = noise_schedule.get_rates(noise_schedule.max_timesteps, ())
         if alpha < 1e-3 * sigma:  # x̂₀ has ε̂'s error a thousandfold: small steps recover, leaps do not
             return "ddpm", 1000
+    if noise_schedule is not None and noise_schedule.variance_exploding:  # equal steps of its time suit it
+        return "dpm-solver++", 18
     return "heun", 18
 
 # %% ../nbs/69_pretrained.ipynb #957afec6
@@ -296,9 +298,11 @@ def write_card(
     card = {"what": "A diffusion model.", **dict.fromkeys(("command", "data", "licence"), "not stated"),
             **config["card"]}
     shape = " × ".join(map(str, config["image_shape"]))
+    named = ", ".join(f"{number} {label}" for number, label in enumerate(config.get("label_names", ())))
     facts = {"network": _called(config["model"]), "noise schedule": _called(config["noise_schedule"]),
              "predictor": _called(config["model_output_transform"]), "images": f"{shape}, in [-1, 1]",
              "conditions": ", ".join(config["conditions"]) or "none", "encoder": config["encoder"] or "none",
+             **({"labels": named} if named else {}),
              "parameters": f"{config['parameters']:,}, {size / 1e6:.2f} MB in model.safetensors"}
     rows = {**facts, **{key: text for key, text in card.items() if key != "what"}}
     lines = [f"- **{key}**: {' '.join(str(text).split())}" for key, text in rows.items()]
@@ -355,6 +359,17 @@ def check_texts(
     if not is_card or not all(isinstance(word, str) for row in card.items() for word in row):
         raise ValueError(f"card must be a dict of texts, such as {{'licence': 'MIT'}}, got {card!r}")
 
+def check_label_names(
+    names: Any,  # a list of texts
+    null: Mapping[str, Any],  # what stands for no condition, by name; "label": the number of classes
+) -> None:
+    "A `ValueError` where they are not the names of the network's classes."
+    check_names("label_names", names)
+    classes = np.asarray(null.get("label", 0))
+    if names and (classes.ndim or len(names) > classes):
+        raise ValueError(f"label_names must be one for each class, and the network has {classes}, "
+                         f"got {len(names)}")
+
 # %% ../nbs/69_pretrained.ipynb #e292fd03
 def check_parts(
     parts: Mapping[str, Any],  # network, schedule and predictor by name
@@ -390,6 +405,7 @@ def save_model(
     conditions: Sequence[str] = (),  # names of what else the network was given in training
     without: Sequence[str] = (),  # parts left out, to be given to `load_model`, such as "model"
     null_condition: Mapping[str, Any] | None = None,  # beside what `model` carries, or in its place
+    label_names: Sequence[str] = (),  # what the classes are called, from 0 on
 ) -> Path:
     "Write a model as a folder, whole or not at all: model.safetensors, config.json, README.md. No pickle."
     folder = new_folder(path)
@@ -400,11 +416,13 @@ def save_model(
     for name in without:
         check_choice("without", name, PACKAGES)
     null = {**null_of(model), **check_null(null_condition)}
+    check_label_names(label_names, null)
     check_parts(parts, params, shape, conditions, null)
     described = {name: None if name in without else describe(name, part) for name, part in parts.items()}
     tensors, extra = halve(flatten(params), dtype), null_tensors(null, parts["model"])
     config = {"format": FORMAT, "format_version": VERSION, "flaxdiff": __version__, **described,
               "image_shape": list(shape), "conditions": list(conditions), "encoder": encoder,
+              "label_names": list(label_names),
               "null_condition": sorted(extra), "halved": dtype,
               "parameters": sum(x.size for x in tensors.values()), "card": dict(card)}
     with whole_folder(folder) as partial:
@@ -474,6 +492,7 @@ class PretrainedModel:
     conditions: tuple[str, ...] = ()  # names of what else the network takes
     encoder: str | None = None  # name of what made them
     card: Mapping[str, str] = field(default_factory=dict)  # for people
+    label_names: tuple[str, ...] = ()  # what the classes are called, from 0 on, where that is known
 
     @property
     def denoiser(self) -> Any:
@@ -610,11 +629,15 @@ def load_model(
         parts = make_parts(config, given)
         shape = tuple(check_positive_int("image_shape", n) for n in config["image_shape"])
         rest = {"conditions": tuple(config["conditions"]), "encoder": config["encoder"],
-                "card": dict(config["card"])}
+                "card": dict(config["card"]), "label_names": tuple(config.get("label_names", ()))}
         check_choice("halved", config["halved"], (None, "float16", "bfloat16"))
         check_names("null_condition", config.get("null_condition", []))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path} does not make a model: {e}") from e
     params, null = read_weights(folder / "model.safetensors", config)
     network = TrainedModel(parts.pop("model"), shape, null)
+    try:
+        check_label_names(rest["label_names"], null_of(network))
+    except ValueError as e:
+        raise ValueError(f"{path} does not make a model: {e}") from e
     return PretrainedModel(network, params, **parts, image_shape=shape, **rest)

@@ -39,7 +39,7 @@ def if_known(
 
 @cache
 def compiler_options() -> dict | None:
-    "What `jax.jit` should tell XLA about a training step: on CPUs, no YNNPACK for convolutions; else None."
+    "What `jax.jit` should tell XLA where a network runs: on CPUs, no YNNPACK for convolutions; else None."
     kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"  # slow where channels are few
     return if_known({"xla_cpu_experimental_ynn_fusion_type": kinds})
 

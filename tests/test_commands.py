@@ -252,7 +252,7 @@ def test_home_is_expanded(finished, tmp_path, monkeypatch, capsys):
     (["--out", ""], "--out"), (["--out", "gs://b/a.png"], "--out"), (["--out", "a.gif"], ".jpg"), (["--out", "."], "--out"), (["--save", ""], "--save"),
     (["--save", "."], "--save"), (["--grid", "steps"], "--grid"), (["--sampler", "dpmpp_2s_ancestral"], "dpmpp_2s"), (["--sampler", ""], "--sampler"),
     (["--sampler", "ddim", "--eta", "nan"], "--eta"), (["--sampler", "ddim", "--eta", "2"], "--eta"), (["--sampler", "edm", "--s-churn", "inf"], "--s-churn"),
-    (["--sampler", "unipc", "--order", "9"], "--order"), (["--eta", "1"], "--frame"), (["--sampler", "euler", "--order", "2"], "none"),
+    (["--sampler", "unipc", "--order", "9"], "--order"), (["--sampler", "heun", "--eta", "1"], "--frame"), (["--eta", "1"], "--eta"), (["--sampler", "euler", "--order", "2"], "none"),
     (["--sampler", "unipc", "--no-multistep"], "--corrector"), (["--sampler", "dpm-solver++", "--eta", "0.5"], "--eta"),
     (["--checkpoint", "7"], "--checkpoint"), (["--checkpoint", "last"], "--checkpoint"), (["--checkpoint", "0"], "--checkpoint"), (["--checkpoint", "-5"], "--checkpoint"), (["--sampler", "dpmpp_2m", "--order", "3"], "--order"),
     (["--sampler", "dpm++ 2m karras", "--grid", "uniform"], "--grid")])
@@ -491,7 +491,7 @@ def test_any_checkpoint_can_be_drawn_from(finished, tmp_path):
 def test_a_shipped_model_is_drawn_from_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = drawn(["digits"], tmp_path)
-    assert np.array_equal(images, load_model("digits").sampler("heun").generate_images(3, 4, rng=0))
+    assert np.array_equal(images, load_model("digits").sampler().generate_images(3, 4, rng=0))
 
 
 def test_what_can_be_drawn_from_is_said(finished, tmp_path, monkeypatch, capsys):
@@ -783,6 +783,7 @@ def test_a_split_of_the_data_is_held_out(tmp_path, capsys):
         pixels = np.random.default_rng(n).integers(0, 256, (n, 8, 8), np.uint8)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array(pixels.shape, ">u4").tobytes() + pixels.tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + bytes(i % 3 for i in range(n)))
+    (folder / "label_names.txt").write_text("Schuh\na hat, red\nbag\n")
     words = [*STEADY, "--recipe", "digits", "--steps", 4, "--labels", "--dataset", f"idx:{folder}"]
     for extra, named in ((["--validation-split", "test"], "--split"), (["--validation-split", "test", "--split", "test"], "--split"), (["--validation-split", "elsewhere", "--split", "train"], "--split"),
                          (["--validation-split", "test", "--split", "train", "--validation", 0.1], "--validation"), (["--validation-split", ""], "--validation-split")):
@@ -791,6 +792,15 @@ def test_a_split_of_the_data_is_held_out(tmp_path, capsys):
     assert open_data(config)[1] == 30 and len(held_out(config)["image"]) == 7
     with pytest.raises(ValueError, match="must have the labels of the data"): held_out(config, label_names=["shoe", "shirt"])
     assert "validation_loss" in json.loads((out / "summary.json").read_text())
+
+    # The run has the names of its classes, and so has its model, unless it is told others.
+    assert open_model(out).label_names == ("Schuh", "a hat, red", "bag")
+    export_main([str(out), str(tmp_path / "named")])
+    export_main([str(out), str(tmp_path / "renamed"), "--label-names", "shoe,hat"])
+    assert [load_model(tmp_path / name).label_names for name in ("named", "renamed")] == [("Schuh", "a hat, red", "bag"), ("shoe", "hat")]
+    refused(export_main, [out, tmp_path / "none", "--label-names", "a,b,c,d"], "--label-names", capsys)
+    (out / "label_names.json").write_text("{]")
+    with pytest.raises(ValueError, match="label_names.json must hold a list of names"): open_model(out)
 
 
 def test_what_lies_elsewhere_today_is_the_same(tmp_path):

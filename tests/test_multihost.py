@@ -352,7 +352,8 @@ number, count = start_hosts()
 joined = jax.distributed.is_initialized()
 from jax.experimental import multihost_utils
 everyone = multihost_utils.process_allgather(np.int32(number)).ravel().tolist() if joined else [number]
-print("SAID", number, count, joined, everyone, len(jax.devices()), "", sep="|", flush=True)
+said = "|".join(map(str, ["SAID", number, count, joined, everyone, len(jax.devices()), ""]))
+print(said, flush=True)  # in one write, or Gloo's own words may come between where Python does not buffer
 """
 
 
@@ -392,7 +393,9 @@ def metadata():
         finally:
             for p in processes: p.kill()
         for p, (_, err) in zip(processes, outputs): assert p.returncode == 0, err[-3000:]
-        return [re.search(r"SAID\|(.*)\|", out)[1].split("|") for out, _ in outputs]  # Gloo speaks, too, and in the same line
+        said = [re.search(r"SAID\|(.*)\|", out) for out, _ in outputs]  # Gloo speaks, too, and in the same line
+        assert all(said), outputs
+        return [found[1].split("|") for found in said]
     ask.asked = server.asked
     yield ask
     server.shutdown()

@@ -15,7 +15,7 @@ import pytest
 
 from flaxdiff import models, predictors, pretrained, samplers, schedulers
 from flaxdiff.models import SimpleUNet
-from flaxdiff.predictors import EpsilonPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
+from flaxdiff.predictors import EpsilonPredictor, FlowPredictor, KarrasEDMPredictor, VPredictor, X0Predictor
 from flaxdiff.pretrained import (SAMPLERS, arguments_of, describe, flatten, from_json, halve, load_model, nest, read_tensors, rebuild, save_model, shipped_models,
                                  to_json, write_tensors)
 from flaxdiff.samplers import HeunSampler
@@ -174,9 +174,30 @@ def test_a_null_condition_may_be_a_plain_number(tmp_path):
     assert model.sampler("heun", guidance_scale=2.0).generate_images(2, 3, rng=0, conditioning={"label": np.array([0, 1])}).shape == (2, *SHAPE)
 
 
+def test_the_names_of_classes_travel(tmp_path):
+    network = SimpleUNet(1, 8, (4,), (None, None), 1, norm_groups=2, num_classes=3)
+    params = network.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), label=jnp.zeros(1, int))
+    save = lambda name, names, network=network, params=params: save_model(tmp_path / name, network, params, EDMNoiseScheduler(), None, SHAPE, label_names=names)
+    save("model", ("a hat, red", "Schuh"))
+    assert load_model(tmp_path / "model").label_names == ("a hat, red", "Schuh") and "- **labels**: 0 a hat, red, 1 Schuh\n" in (tmp_path / "model" / "README.md").read_text()
+    for names, says in ((list("abcd"), "the network has 3, got 4"), ("ab", "must be a list of names"), ([1], "must be a list of names")):
+        with pytest.raises(ValueError, match=f"^label_names must be .*{says.removeprefix('must be ')}"): save("no", names)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for names, ok in ((["a", "b", "c", "d"], False), ([1], False), (None, True)):
+        if names is None: del config["label_names"]  # as models before had it
+        else: config["label_names"] = names
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        if ok: assert load_model(tmp_path / "model").label_names == ()
+        else:
+            with pytest.raises(ValueError, match="config.json does not make a model: label_names"): load_model(tmp_path / "model")
+    without = SimpleUNet(1, 8, (4,), (None, None), 1, norm_groups=2)
+    with pytest.raises(ValueError, match="the network has 0"): save("no", ["a"], without, without.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1)))
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("schedule, predictor, due", [
     (CosineNoiseSchedule(1000), EpsilonPredictor(), ("ddpm", 1000)), (CosineNoiseSchedule(1000), VPredictor(), ("heun", 18)),
-    (EDMNoiseScheduler(), EpsilonPredictor(), ("heun", 18)), (schedulers.LinearNoiseSchedule(1000), EpsilonPredictor(), ("heun", 18)), (None, None, ("heun", 18))])
+    (EDMNoiseScheduler(), EpsilonPredictor(), ("dpm-solver++", 18)), (schedulers.FlowNoiseScheduler(), FlowPredictor(), ("heun", 18)), (schedulers.LinearNoiseSchedule(1000), EpsilonPredictor(), ("heun", 18)), (None, None, ("heun", 18))])
 def test_the_usual_way_of_a_process(schedule, predictor, due):
     "Small steps where x̂₀ has ε̂'s error a thousandfold at the noisy end; EDM's, whose α is 1 and σ 80, is not such."
     assert pretrained.usual_way(None, schedule, predictor) == due
@@ -184,7 +205,7 @@ def test_the_usual_way_of_a_process(schedule, predictor, due):
 
 def test_the_usual_way_of_shipped_models():
     ways = {name: load_model(name).usual_way for name in shipped_models()}
-    assert {name: way for name, way in ways.items() if way != ("heun", 18)} == {"digits-ddpm": ("ddpm", 1000), "digits-map": ("flow-map", 4)}
+    assert {name: way for name, way in ways.items() if way != ("dpm-solver++", 18)} == {"digits-ddpm": ("ddpm", 1000), "digits-flow": ("heun", 18), "digits-map": ("flow-map", 4)}
     for name, (solver, levels) in ways.items():
         page = (pretrained.SHIPPED / name / "README.md").read_text(encoding="utf-8")
         assert f'model.sampler("{solver}")' in page and f"diffusion_steps={levels}," in page

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from flaxdiff.cli.export import export_main
-from flaxdiff.cli.request import make_condition, make_denoiser
+from flaxdiff.cli.request import find_labels, make_condition, make_denoiser
 from flaxdiff.cli.sample import open_model, sample_main
 from flaxdiff.cli.train import TrainConfig, check_config, measure_cost, read_config, train_main
 from flaxdiff.pretrained import load_model
@@ -95,7 +95,7 @@ def test_guidance_and_what_leads_away(runs, tmp_path):
 def test_nothing_asked_is_the_null_condition(runs, tmp_path):
     model = open_model(runs["labels"])
     assert make_condition(model, 3)["label"].tolist() == [10, 10, 10]
-    same = model.sampler("heun").generate_images(4, 3, rng=0, conditioning={"label": np.full(4, 10)})
+    same = model.sampler("dpm-solver++").generate_images(4, 3, rng=0, conditioning={"label": np.full(4, 10)})
     np.testing.assert_allclose(drawn([runs["labels"]], tmp_path), same, atol=1e-6)
     assert make_condition(open_model(runs["none"]), 3) == {}
     assert make_denoiser(model, 1.0) is not None
@@ -126,7 +126,7 @@ def test_an_exported_model_knows_the_same_words(runs, tmp_path):
 
 
 @pytest.mark.parametrize("run, words, says", [
-    ("labels", ["--label", "10"], "0 … 9"), ("labels", ["--label", "-1"], "whole numbers"), ("labels", ["--label", "x"], "whole numbers"),
+    ("labels", ["--label", "10"], "0 … 9"), ("labels", ["--label", "-1"], "0 … 9 or be one of 0, 1, 2"), ("labels", ["--label", "3,"], "got ''"),
     ("labels", ["--prompt", "a one"], "without text"), ("none", ["--label", "1"], "without labels"),
     ("text", ["--prompt", "a one", "--label", "1"], "one of the two"), ("labels", ["--guidance", "3"], "guidance must be 1"),
     ("text", ["--prompt", "one", "--guidance", "nan"], "guidance"), ("text", ["--prompt", "one " * 40], "at most 12 tokens"),
@@ -139,6 +139,24 @@ def test_what_cannot_be_meant(run, words, says, runs, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     said = refused([runs[run], *words, *DRAW], capsys)
     assert says in said and "--" in said.split("error:")[1], "the flag is named"
+
+
+def test_a_class_may_be_asked_for_by_name(tmp_path):
+    seven, named = (drawn(["fashion", "--label", label, "--num", 2, "--steps", 3], tmp_path) for label in ("7,8", " Sneaker,BAG"))
+    np.testing.assert_array_equal(seven, named)
+    assert make_condition(load_model("fashion"), 3, ["boot", 1, "0"])["label"].tolist() == [9, 1, 0]
+
+
+def test_what_names_mean():
+    names = ["10", "2", "crane", "Crane", "hat, red"]  # folders by their spelling, two birds, a comma
+    assert find_labels("2", names, 7).tolist() == [2], "a class's number goes before a name"
+    assert find_labels("10,6", names, 7).tolist() == [0, 6], "what is no class's number may be a name; some have none"
+    assert find_labels("Hat, Red", names, 7).tolist() == [4] and find_labels(["hat, red", 2], names, 7).tolist() == [4, 2]
+    for wrong, says in (("crane", "any of 2, 3"), ("hat", "be one of 10, 2, crane"), ("hat, rad", "got 'hat'"), ("7", "0 … 6 or"), ("", "got ''")):
+        with pytest.raises(ValueError, match=f"^label .*{says}"): find_labels(wrong, names, 7)
+    with pytest.raises(ValueError, match="got 'crame'; did you mean crane"): find_labels("crame", names, 7)
+    with pytest.raises(ValueError, match="no names for them"): find_labels("x", (), 7)
+    with pytest.raises(ValueError, match="19, … or|19, …, got"): find_labels("x", list(map(str, range(1000))), 1000)
 
 
 def test_a_broken_picture_is_no_start(runs, capsys, tmp_path):

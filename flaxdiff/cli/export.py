@@ -87,6 +87,8 @@ def export_parser():
         help="the number of a step, or best (default: the last)")
     add("--dtype", choices=["float16", "bfloat16"],
         help="write the parameters in two bytes each (default: as they were trained)")
+    add("--label-names", metavar="NAME,…",
+        help="what the classes are called, from 0 on (default: as the data of the run call them)")
     add("--card", action="append", default=[], metavar="KEY=TEXT",
         help="say something in the model card, such as licence=MIT or data='my own photos'; may be repeated")
     return parser
@@ -102,9 +104,10 @@ def export_run(
     model, step = run_model(args.run, args.checkpoint)
     config = read_config(run / "config.json")
     card = make_card(run, config, step, args.card)
+    names = model.label_names if args.label_names is None else args.label_names.split(",")
     conditions = model.conditions or (("label",) if config.labels else ())
     save_model(path, model.model, model.params, model.noise_schedule, model.model_output_transform,
-               model.image_shape, model.encoder, card, args.dtype, conditions)
+               model.image_shape, model.encoder, card, args.dtype, conditions, label_names=names)
     size = sum(file.stat().st_size for file in path.iterdir())
     count = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{args.path}: {count:,} parameters of step {step}, {size / 1e6:.2f} MB; "
@@ -116,4 +119,4 @@ def export_main(
     "flaxdiff-export: see `--help`."
     open_console()
     args = export_parser().parse_args(argv)
-    run_command("flaxdiff-export", {"checkpoint", "dtype", "card"}, lambda: export_run(args))
+    run_command("flaxdiff-export", {"checkpoint", "dtype", "label_names", "card"}, lambda: export_run(args))

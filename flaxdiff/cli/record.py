@@ -18,7 +18,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 # %% ../../nbs/65_record.ipynb #c60edb97
@@ -110,6 +109,7 @@ class RunRecord:
         self.wandb = _start_wandb(config, self.out) if config.wandb else None
         self.columns = ["step", "loss", "gradient", "skipped", "images_per_second"]
         self.write_all()  # a resumed run forgets what came after its checkpoint
+        from tensorboardX import SummaryWriter  # here, as it takes seconds where PyTorch is installed
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=len(trainer.losses) + 1,
                                    write_to_disk=config.tensorboard)
 

@@ -28,7 +28,7 @@ from .train import (build_trainer, check_memory, local_path, picture_format, rea
                                 run_command, save_grid, write_whole)
 from ..pretrained import SAMPLERS, PretrainedModel, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
-from ..speed import cache_programs
+from ..speed import cache_programs, keep_memory
 from ..utils import check_choice, check_positive_int
 
 # %% ../../nbs/67_sample.ipynb #c6c2d8fd
@@ -209,7 +209,7 @@ def sample_parser():
     add("--checkpoint", type=checkpoint_step, metavar="N",
         help="of a run: the number of a step, or best (default: the last)")
     add("--sampler", metavar="NAME",
-        help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: what suits the model, mostly heun)")
+        help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: what suits the model, mostly dpm-solver++)")
     add("--steps", type=int, metavar="N",
         help="noise levels, or jumps (default: what suits the model, mostly 18)")
     add("--num", type=int, default=64, metavar="N", help="how many images (default: 64)")
@@ -320,5 +320,6 @@ def sample_main(
     open_console()
     args = sample_parser().parse_args(argv)
     flags = {"sampler", "checkpoint", *OPTIONS, *REQUESTS}
+    keep_memory()
     cache_programs(report=str)
     run_command("flaxdiff-sample", flags, lambda: sample_run(args))

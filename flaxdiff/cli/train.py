@@ -242,6 +242,8 @@ def train_run(
         if done > config.steps:
             raise ValueError(f"steps must be at least {done}, which the run has made, got {config.steps}")
         condition, evaluation = picture_condition(config, data), evaluation_of(config, data)
+        if config.labels and jax.process_index() == 0:
+            write_json(out / "label_names.json", data.label_names)  # so that one can ask by name
         with (trainer.run_checkpoints,
               _begin_record(config, out, trainer, datalen, done, progress, condition) as record):
             if done < config.steps and not preemption.raised:

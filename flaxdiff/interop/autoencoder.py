@@ -19,6 +19,7 @@ from flax.core import FrozenDict
 # %% ../../nbs/77_latents.ipynb #c4fd6859
 from .layers import Attention, ResnetBlock, downsample, group_norm, upsample
 from .unets import block_kinds, read_settings
+from ..speed import compiler_options
 from ..utils import check_choice, check_floats, check_images, check_positive_int, check_shape
 
 # %% ../../nbs/77_latents.ipynb #d036f684
@@ -143,7 +144,9 @@ class Autoencoder:
     @cached_property
     def programs(self) -> dict[str, Any]:
         "The network's two methods, compiled once for each shape."
-        return {name: jax.jit(partial(self.module.apply, method=name)) for name in ("encode", "decode")}
+        options = compiler_options()
+        return {name: jax.jit(partial(self.module.apply, method=name), compiler_options=options)
+                for name in ("encode", "decode")}
 
     def encode(self,
                images: Any,  # (B, H, W, C) in [-1, 1]

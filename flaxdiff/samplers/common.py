@@ -25,6 +25,7 @@ from ..denoiser import Level, as_denoiser, ask as ask_denoiser, check_conditioni
 from ..network import check_labels, null_of
 from ..guidance import guide
 from .grids import check_resolution, check_steps, make_steps
+from ..speed import compiler_options
 from ..utils import (NoRandomKey, RandomMarkovState, as_key, check_flag, check_floats,
                             check_positive_int, check_shape, clip_images)
 
@@ -236,7 +237,7 @@ class Programs:
         key = structure, tuple(switches.items()), floats, tuple(map(self.signature, leaves))
         if key not in self.compiled:
             function = partial(self.function)  # a new object: JAX keeps a program while its function lives
-            jitted = jax.jit(function, static_argnames=self.switches)
+            jitted = jax.jit(function, static_argnames=self.switches, compiler_options=compiler_options())
             self.compiled[key] = jitted.lower(*arrays, **switches).compile()
         self.compiled.move_to_end(key)
         while len(self.compiled) > self.keep:

@@ -8,6 +8,7 @@ __all__ = ['first_guess', 'unfold', 'bounded', 'least_squares', 'follow', 'FewSt
 # %% ../../nbs/23_few_steps.ipynb #eeb85fc9
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from .dpm_solver import UniPCSampler
 from .frames import DataFrame
 from .grids import karras_grid, lambda_grid
 from .multistep import MultistepSampler
+from ..speed import compiler_options
 from ..utils import check_floats, check_positive_int, check_shape
 
 # %% ../../nbs/23_few_steps.ipynb #fe273bad
@@ -190,14 +192,18 @@ class FewStepSampler(MultistepSampler):
         def residual(theta, denoiser, x, target, conditioning):
             return self.residual(theta, denoiser, x, target, n, conditioning)
 
-        @jax.jit
+        options = compiler_options()
+
+        @partial(jax.jit, compiler_options=options)
         def linearize(theta, data):
             r, push = jax.linearize(lambda theta: residual(theta, *data), theta)
             share = bounded(r, limit)[1]
             J = jax.lax.map(lambda e: push(e) * share, jnp.eye(len(theta), dtype=theta.dtype), batch_size=8)
             return (r * share).ravel(), J.reshape(len(theta), -1)
 
-        cost = jax.jit(lambda theta, data: bounded(residual(theta, *data), limit)[0])
+        @partial(jax.jit, compiler_options=options)
+        def cost(theta, data):
+            return bounded(residual(theta, *data), limit)[0]
 
         def cast(theta):
             return jnp.asarray(theta, x.dtype)

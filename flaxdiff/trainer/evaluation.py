@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..denoiser import Denoiser
+from ..speed import compiler_options
 from .losses import Density, loss_by_level
 from .step import Recipe, draw_batch, loss_per_example
 from ..utils import as_key, check_positive_int
@@ -66,7 +67,7 @@ class HeldOutLoss:
         self.key = jax.random.key_data(key)
         self.times = spread_times(recipe.time_density, key, self.repeats * len(images))
         self.log_snr = recipe.noise_schedule.log_snr(self.times)
-        self.program = jax.jit(partial(losses_at, self.recipe))
+        self.program = jax.jit(partial(losses_at, self.recipe), compiler_options=compiler_options())
 
     def __call__(self,
                  params: Any,  # all of the network's variables
