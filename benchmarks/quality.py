@@ -9,6 +9,7 @@ No classifier of emoji ships: there, a hundred captions are asked for in turn (t
 """
 import argparse
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,19 @@ from flaxdiff.metrics.distances import collect_stats
 from flaxdiff.pretrained import SHIPPED, load_model, write_card
 from flaxdiff.text import load_text_encoder
 
-FEATURES = {"digits": "digits", "digits-ddpm": "digits", "digits-flow": "digits", "digits-map": "digits", "digits-text": "digits", "fashion": "fashion"}  # of each model
+
+@dataclass(frozen=True)
+class Measure:
+    "How samples of a model are drawn for its card, and what measures them."
+    features: str | None  # the shipped features; None: the nearest of a hundred real emoji
+    sampler: str = "dpm-solver++"
+    levels: int = 10
+    guidance: float = 1.0
+
+
+MEASURES = {"digits": Measure("digits"), "digits-ddpm": Measure("digits", "ddpm", 1000), "digits-flow": Measure("digits"), "digits-map": Measure("digits", "flow-map", 4),
+            "digits-text": Measure("digits"), "fashion": Measure("fashion"), "emoji": Measure(None, levels=12, guidance=3.0)}
 EMOJI = Path(__file__).resolve().parents[1] / "nbs" / "images"  # a hundred of the pictures that the emoji model was trained on, and their captions
-
-
-def walk_of(name, model):
-    "Solver, levels and guidance of a model's card: its usual ones where it needs them, else ten levels of DPM-Solver++."
-    if name == "emoji": return "dpm-solver++", 12, 3.0
-    return ("dpm-solver++", 10, 1.0) if model.usual_way[0] == "heun" else (*model.usual_way, 1.0)
 
 
 def real_emoji():
@@ -51,7 +57,7 @@ def nearest_emoji(images):
 
 def ask(name, model, n, rng=0):
     "(conditions of n samples, the labels or numbers of the captions that they ask for, or None)."
-    if name == "emoji":
+    if MEASURES[name].features is None:
         captions, numbers = real_emoji()[1], np.arange(n) % 100
         return load_text_encoder(model.encoder)([captions[i] for i in numbers]), numbers
     if "label" in model.conditions:
@@ -66,22 +72,22 @@ def ask(name, model, n, rng=0):
 
 
 def draw(name, n, rng=0, way=None, at_once=250):
-    "(n samples by `way`, solver, levels and guidance; what `ask` says that they were asked for)."
-    model = load_model(name)
-    sampler, levels, guidance = way or walk_of(name, model)
+    "(n samples as `way`, a `Measure`, says; what `ask` says that they were asked for)."
+    model, way = load_model(name), way or MEASURES[name]
     conditions, labels = ask(name, model, n, rng)
-    solver, parts = model.sampler(sampler, guidance_scale=guidance), []
+    solver, parts = model.sampler(way.sampler, guidance_scale=way.guidance), []
     for start in range(0, n, at_once):
         count = min(at_once, n - start)
         part = {name: value[start:start + count] for name, value in conditions.items()} if conditions else ()
-        parts.append(np.asarray(solver.generate_images(count, levels, rng=1000 * rng + start // at_once, conditioning=part)))
+        parts.append(np.asarray(solver.generate_images(count, way.levels, rng=1000 * rng + start // at_once, conditioning=part)))
     return np.concatenate(parts), labels
 
 
 def measure(name, images, labels=None):
     "What a card says of these samples of this model, by name."
-    if name == "emoji": return {"as asked": measure_share("the caption's own picture is the nearest of the hundred real ones for", nearest_emoji(images) == labels)}
-    features = load_features(FEATURES[name])
+    if MEASURES[name].features is None:
+        return {"as asked": measure_share("the caption's own picture is the nearest of the hundred real ones for", nearest_emoji(images) == labels)}
+    features = load_features(MEASURES[name].features)
     shards, p = collect_stats(features, images), features.probabilities(images)
     found = {"distance": measure_frechet(features.reference, shards), "distance at 1/n = 0": frechet_limit(features.reference, shards),
              "recognised": measure_share("the classifier is sure (p ≥ 0.8) of", p.max(1) >= 0.8)}
@@ -91,7 +97,7 @@ def measure(name, images, labels=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*FEATURES, "emoji"])
+    parser.add_argument("name", choices=MEASURES)
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--rng", type=int, default=0)
     parser.add_argument("--sampler")
@@ -101,16 +107,14 @@ def main():
     parser.add_argument("--save", help="where to keep the samples")
     parser.add_argument("--card", action="store_true", help="write the lines into the card")
     args = parser.parse_args()
-    model = load_model(args.name)
-    given = args.sampler, args.levels, args.guidance
-    way = tuple(usual if value is None else value for value, usual in zip(given, walk_of(args.name, model)))
-    sampler, levels, guidance = way
-    if args.load: images, labels = np.load(args.load)["images"], ask(args.name, model, args.num, args.rng)[1]
+    given = {key: value for key in ("sampler", "levels", "guidance") if (value := getattr(args, key)) is not None}
+    way = replace(MEASURES[args.name], **given)
+    if args.load: images, labels = np.load(args.load)["images"], ask(args.name, load_model(args.name), args.num, args.rng)[1]
     else: images, labels = draw(args.name, args.num, args.rng, way)
     if args.save: np.savez_compressed(args.save, images=images.astype(np.float16))
     rows = {key: str(value) for key, value in measure(args.name, images, labels).items()}
-    guided = f" --guidance {guidance:g}" if guidance != 1 else ""
-    rows["measured"] = f"`python benchmarks/quality.py {args.name} --num {len(images)} --rng {args.rng} --sampler {sampler} --levels {levels}{guided}`"
+    guided = f" --guidance {way.guidance:g}" if way.guidance != 1 else ""
+    rows["measured"] = f"`python benchmarks/quality.py {args.name} --num {len(images)} --rng {args.rng} --sampler {way.sampler} --levels {way.levels}{guided}`"
     for key, text in rows.items(): print(f"{key}: {text}")
     if args.card:
         folder = SHIPPED / args.name

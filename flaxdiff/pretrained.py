@@ -602,8 +602,8 @@ def read_weights(
         tensors, null = split_null(read_tensors(path), config)
     except ValueError as e:
         raise ValueError(f"{path.with_name('config.json')} and {path.name} do not make a model: {e}") from e
-    return nest({name: jnp.asarray(x, jnp.float32 if x.dtype == narrow else None)
-                 for name, x in tensors.items()}), null
+    wide = {name: x.astype(np.float32) if x.dtype == narrow else x for name, x in tensors.items()}
+    return nest({name: jnp.asarray(x) for name, x in wide.items()}), null
 
 def load_params(
     path_or_name: str | Path,  # a folder that `save_model` wrote, or the name of a shipped model

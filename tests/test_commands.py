@@ -464,7 +464,7 @@ def moved(tmp_path_factory):
 def test_a_run_whose_pictures_are_gone_samples_and_is_exported(moved, tmp_path):
     images = drawn([moved], tmp_path)
     trainer = load_run(moved)
-    assert np.array_equal(images, sampler_of(trainer, "heun").generate_images(3, 4, rng=0))
+    assert np.array_equal(images, sampler_of(trainer, "dpm-solver++").generate_images(3, 4, rng=0))
     export_main([str(moved), str(tmp_path / "model")])
     assert np.array_equal(drawn([tmp_path / "model"], tmp_path), images)
 

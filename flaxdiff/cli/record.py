@@ -148,11 +148,15 @@ class RunRecord:
              step,  # updates made
             ):
         "samples/STEP.png, always from the same noise, and levels.png, the loss by noise level."
-        self.sampler.params = self.trainer.denoiser.params
-        images = draw_images(self.sampler, self.config, self.condition)
+        images = self.pictures()
         save_grid(self.out / "samples" / f"{step:08d}.png", images)
         self.board.add_image("samples", to_bytes(images), step, dataformats="HWC")
         write_whole(self.out / "levels.png", self.draw_levels)
+
+    def pictures(self):
+        "64 images of the averaged network as it is now, (64, H, W, C)."
+        self.sampler.params = self.trainer.denoiser.params
+        return draw_images(self.sampler, self.config, self.condition)
 
     def draw_levels(self,
                     path,  # of the picture

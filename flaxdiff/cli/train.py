@@ -250,7 +250,7 @@ def train_run(
                 _fit(trainer, data, config, done, progress, record, evaluation)
         if trainer.preempted or preemption.raised:
             return None
-        return _finish_run(trainer, config, out, started, condition)
+        return _finish_run(trainer, config, out, started, record)
 
 # %% ../../nbs/62_train.ipynb #0ea9a2a1
 def load_function(
@@ -342,14 +342,14 @@ def levels_table(
             for high, low, loss in zip(ratios, ratios[1:], losses) if loss is not None]
     return rows[::-1]
 
-def _finish_run(trainer, config, out, started, condition):
+def _finish_run(trainer, config, out, started, record):
     "Write what a run leaves beside its checkpoints, summary.json last."
     summary = _summarise(trainer, started)
     if jax.process_index() > 0:
         return summary
     rows = "".join(f"{i + 1},{loss!r}\n" for i, loss in enumerate(trainer.losses))
     write_text(out / "losses.csv", "step,loss\n" + rows)
-    save_grid(out / "samples.png", draw_images(run_sampler(trainer), config, condition))
+    save_grid(out / "samples.png", record.pictures())
     write_json(out / "summary.json", summary)
     return summary
 
