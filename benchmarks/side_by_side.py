@@ -395,18 +395,19 @@ def budget_here(kind, path, sigma_data):
     from flaxdiff.speed import keep_memory
     from flaxdiff.trainer import DiffusionTrainer
     keep_memory()
-    batch, depths = Batches(path), DEPTHS[kind]
+    batch, depths, begun, samplers = Batches(path), DEPTHS[kind], [], []
     configs = tuple({"heads": 4} if i >= 2 else None for i in range(len(depths))) + ({"heads": 4},)
     trainer = DiffusionTrainer(SimpleUNet(1, 128, depths, configs, 1, norm_groups=8), optax.adam(RATE), EDMNoiseScheduler(sigma_data=sigma_data),
                                model_output_transform=KarrasEDMPredictor(sigma_data=sigma_data), ema_decay=DECAY)
 
     def step():
-        if trainer.state is None: trainer.initialize(batch())
+        if not begun: begun.append(trainer.initialize(batch()))  # to read `trainer.state` each time would copy it
         jax.block_until_ready(trainer.train_step(batch()))
 
     def draw(n, rng):
-        sampler = DPMSolverPlusPlusSampler(trainer.model, trainer.state.ema_params, trainer.noise_schedule, trainer.model_output_transform)
-        return sampler.generate_images(n, CALLS, rng=rng)
+        if not samplers: samplers.append(DPMSolverPlusPlusSampler(trainer.denoiser))  # each sampler compiles its own program
+        samplers[0].params = trainer.denoiser.params
+        return samplers[0].generate_images(n, CALLS, rng=rng)
     return {"train": lambda seconds: within(step, seconds), "draw": lambda n, out: drawn(draw, n, out)}
 
 
@@ -488,7 +489,7 @@ def budget_others(kind, path, sigma_data):
     from flaxdiff.predictors import KarrasPredictionTransform
     from flaxdiff.samplers.euler import EulerAncestralSampler
     from flaxdiff.schedulers import KarrasVENoiseScheduler
-    batch, made = Batches(path), []
+    batch, made, samplers = Batches(path), [], []
 
     def step():
         if not made: made.extend(trainer_others(batch.images.shape[1:], DEPTHS[kind], sigma_data, RATE))
@@ -496,8 +497,9 @@ def budget_others(kind, path, sigma_data):
 
     def draw(n, seed):
         trainer, _, state = made
-        sampler = EulerAncestralSampler(trainer.model, KarrasVENoiseScheduler(1, sigma_max=80, rho=7, sigma_data=sigma_data), KarrasPredictionTransform(sigma_data), Plain())
-        return walk_others(sampler, state[0].ema_params, 80 * jax.random.normal(jax.random.PRNGKey(seed), (n, *batch.images.shape[1:])), 200)
+        schedule, predictor = KarrasVENoiseScheduler(1, sigma_max=80, rho=7, sigma_data=sigma_data), KarrasPredictionTransform(sigma_data)
+        if not samplers: samplers.append(EulerAncestralSampler(trainer.model, schedule, predictor, Plain()))
+        return walk_others(samplers[0], state[0].ema_params, 80 * jax.random.normal(jax.random.PRNGKey(seed), (n, *batch.images.shape[1:])), 200)
     return {"train": lambda seconds: within(step, seconds), "draw": lambda n, out: drawn(draw, n, out)}
 
 
