@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -343,7 +343,8 @@ def check_names(
     names: Any,  # a list of texts
 ) -> None:
     "A `ValueError` where it is something else."
-    if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+    is_list = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
+    if not is_list or not all(isinstance(each, str) for each in names):
         raise ValueError(f"{name} must be a list of names, got {names!r}")
 
 def check_texts(

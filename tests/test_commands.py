@@ -799,7 +799,7 @@ def test_a_split_of_the_data_is_held_out(tmp_path, capsys):
     export_main([str(out), str(tmp_path / "renamed"), "--label-names", "shoe,hat"])
     assert [load_model(tmp_path / name).label_names for name in ("named", "renamed")] == [("Schuh", "a hat, red", "bag"), ("shoe", "hat")]
     refused(export_main, [out, tmp_path / "none", "--label-names", "a,b,c,d"], "--label-names", capsys)
-    (out / "label_names.json").write_text("{]")
+    (out / "label_names.json").write_text("null")
     with pytest.raises(ValueError, match="label_names.json must hold a list of names"): open_model(out)
 
 

@@ -180,7 +180,7 @@ def test_the_names_of_classes_travel(tmp_path):
     save = lambda name, names, network=network, params=params: save_model(tmp_path / name, network, params, EDMNoiseScheduler(), None, SHAPE, label_names=names)
     save("model", ("a hat, red", "Schuh"))
     assert load_model(tmp_path / "model").label_names == ("a hat, red", "Schuh") and "- **labels**: 0 a hat, red, 1 Schuh\n" in (tmp_path / "model" / "README.md").read_text()
-    for names, says in ((list("abcd"), "the network has 3, got 4"), ("ab", "must be a list of names"), ([1], "must be a list of names")):
+    for names, says in ((list("abcd"), "the network has 3, got 4"), ("ab", "must be a list of names"), ([1], "must be a list of names"), (None, "must be a list of names"), ({"a": 1}, "must be a list of names")):
         with pytest.raises(ValueError, match=f"^label_names must be .*{says.removeprefix('must be ')}"): save("no", names)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for names, ok in ((["a", "b", "c", "d"], False), ([1], False), (None, True)):

@@ -60,7 +60,7 @@ def read_label_names(
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         check_names("label_names", names)
-    except (TypeError, ValueError) as e:
+    except ValueError as e:
         raise ValueError(f"{path} must hold a list of names: {e}") from None
     return tuple(names)
 

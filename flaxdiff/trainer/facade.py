@@ -312,7 +312,7 @@ class DiffusionTrainer(TrainerOptions):
 
     @property
     def state(self) -> Any:
-        "The `TrainState`, un-replicated, which stays as it is; None before the first batch."
+        "The `TrainState`, un-replicated, as it stays: the update after a look copies it. None at first."
         return None if self.training is None else self.training.lend()
 
     @state.setter
