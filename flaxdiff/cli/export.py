@@ -93,6 +93,7 @@ def export_parser():
         help="say something in the model card, such as licence=MIT or data='my own photos'; may be repeated")
     return parser
 
+# %% ../../nbs/72_export.ipynb #bc271713
 def export_run(
     args,  # what `export_parser` made of the flags
 ):

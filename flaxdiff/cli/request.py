@@ -117,6 +117,7 @@ def find_labels(
         labels = [labels] if is_one else labels.split(",")
     return np.asarray([find_label(word, names, classes) for word in labels], np.int32)
 
+# %% ../../nbs/68_request.ipynb #b1391b59
 def make_condition(
     model,  # a `PretrainedModel`
     num,  # how many images

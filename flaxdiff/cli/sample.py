@@ -208,8 +208,9 @@ def sample_parser():
              f"that comes with the package: {', '.join(shipped_models())}")
     add("--checkpoint", type=checkpoint_step, metavar="N",
         help="of a run: the number of a step, or best (default: the last)")
+    solvers = ", ".join(sorted(SAMPLERS))
     add("--sampler", metavar="NAME",
-        help=f"the solver: {', '.join(sorted(SAMPLERS))} (default: what suits the model, mostly dpm-solver++)")
+        help=f"the solver: {solvers} (default: what suits the model, mostly dpm-solver++)")
     add("--steps", type=int, metavar="N",
         help="noise levels, or jumps (default: what suits the model, mostly 18)")
     add("--num", type=int, default=64, metavar="N", help="how many images (default: 64)")

@@ -113,6 +113,7 @@ def teacher_of(
         return load_model(Path(run) / "teacher")
     return open_teacher(config.distill)
 
+# %% ../../nbs/66_teacher.ipynb #2666580a
 def keep_teacher(
     run,  # the folder of the run
     teacher,  # a `PretrainedModel`

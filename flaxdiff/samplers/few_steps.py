@@ -188,22 +188,19 @@ class FewStepSampler(MultistepSampler):
         "(Θ -> (residual, derivative), Θ -> cost), compiled; c is a tenth of the data's spread."
         limit = (0.1 * jnp.std(target)) ** 2
         data = self.denoiser, x, target, conditioning
+        jit = partial(jax.jit, compiler_options=compiler_options())
 
         def residual(theta, denoiser, x, target, conditioning):
             return self.residual(theta, denoiser, x, target, n, conditioning)
 
-        options = compiler_options()
-
-        @partial(jax.jit, compiler_options=options)
+        @jit
         def linearize(theta, data):
             r, push = jax.linearize(lambda theta: residual(theta, *data), theta)
             share = bounded(r, limit)[1]
             J = jax.lax.map(lambda e: push(e) * share, jnp.eye(len(theta), dtype=theta.dtype), batch_size=8)
             return (r * share).ravel(), J.reshape(len(theta), -1)
 
-        @partial(jax.jit, compiler_options=options)
-        def cost(theta, data):
-            return bounded(residual(theta, *data), limit)[0]
+        cost = jit(lambda theta, data: bounded(residual(theta, *data), limit)[0])
 
         def cast(theta):
             return jnp.asarray(theta, x.dtype)
