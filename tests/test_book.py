@@ -153,3 +153,5 @@ def test_every_word_of_an_equation_is_known(name):
     text = re.sub(r"```.*?```|`[^`]*`", "", words(name), flags=re.S)
     found = re.findall(r"\\([A-Za-z]+)", text.replace("\\\\", " "))  # two backslashes end a line
     assert set(found) <= set(TEX), sorted(set(found) - set(TEX))
+    fractions = [m for m in re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", text, flags=re.S) if re.search("[½¼¾⅓⅔]", m)]
+    assert not fractions, f"KaTeX has no such letters: {fractions}"
