@@ -2227,4 +2227,5 @@ d = { 'settings': { 'branch': 'main',
                                 'flaxdiff.utils.check_shape': ('core.html#check_shape', 'flaxdiff/utils.py'),
                                 'flaxdiff.utils.check_whole': ('core.html#check_whole', 'flaxdiff/utils.py'),
                                 'flaxdiff.utils.clip_images': ('core.html#clip_images', 'flaxdiff/utils.py'),
+                                'flaxdiff.utils.did_you_mean': ('core.html#did_you_mean', 'flaxdiff/utils.py'),
                                 'flaxdiff.utils.per_image': ('core.html#per_image', 'flaxdiff/utils.py')}}}

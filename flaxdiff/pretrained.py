@@ -12,7 +12,6 @@ __all__ = ['DTYPES', 'PACKAGES', 'WRAPPERS', 'FORMAT', 'VERSION', 'SAMPLERS', 'S
 
 # %% ../nbs/69_pretrained.ipynb #779d9e08
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -48,7 +47,7 @@ from .samplers import (AdaptiveSampler, DDIMSampler, DDPMSampler, DEISSampler,
                                PNDMSampler, PredictorCorrectorSampler, RK4Sampler, UniPCSampler)
 from .samplers.flow_map import as_flow_map, takes_end
 from .schedulers.common import KeepsArguments, NoiseScheduler
-from .utils import check_choice, check_positive_int
+from .utils import check_choice, check_positive_int, did_you_mean
 
 # %% ../nbs/69_pretrained.ipynb #a7cfa0e5
 DTYPES = set(map(jnp.dtype, (
@@ -550,10 +549,8 @@ def find_model(
     name, shipped = str(path_or_name), shipped_models()
     if name in shipped:
         return SHIPPED / name
-    near = difflib.get_close_matches(name, shipped, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError("path_or_name must be a folder that save_model wrote, or the name of a shipped model "
-                     f"({', '.join(shipped)}), got {name!r}{hint}")
+                     f"({', '.join(shipped)}), got {name!r}{did_you_mean(name, shipped)}")
 
 # %% ../nbs/69_pretrained.ipynb #91ced86f
 def read_description(

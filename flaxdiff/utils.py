@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['clip_images', 'per_image', 'NoRandomKey', 'RandomMarkovState', 'as_key', 'check_positive_int', 'check_whole',
-           'check_real', 'check_flag', 'check_choice', 'check_shape', 'check_floats', 'check_images']
+           'check_real', 'check_flag', 'check_choice', 'did_you_mean', 'check_shape', 'check_floats', 'check_images']
 
 # %% ../nbs/83_core.ipynb #1ccbbf5e
+import difflib
 import math
 import secrets
 from typing import Any
@@ -128,6 +129,16 @@ def check_choice(
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
     raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+# %% ../nbs/83_core.ipynb #0cdcf730
+def did_you_mean(
+    word,  # what was given, and is not known
+    known,  # the words that would do
+):
+    "'; did you mean WORD?', for the end of an error: the nearest known word in any case; '' if none is near."
+    by_case = {name.casefold(): name for name in reversed([*known])}  # of two spellings the first
+    near = difflib.get_close_matches(word.casefold(), by_case, 1)
+    return f"; did you mean {by_case[near[0]]}?" if near else ""
 
 # %% ../nbs/83_core.ipynb #4c62cef0
 def check_shape(

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flaxdiff import speed
@@ -128,3 +130,17 @@ def test_the_run_on_a_gpu_can_be_rehearsed():
         assert lines[part]["images_s"] > 0 and lines[part]["model_tflops"] >= 0 and lines[part]["share_of_chip"] is None and lines[part]["sampled_images_s"] > 0
     assert lines["ours, published"]["parameters"] > lines["ours, coarse"]["parameters"]
     assert lines["attention"]["blocks, 64 tokens of 8"]["off"] < 0.05
+
+
+def test_a_sampler_compiles_with_the_options_unless_it_is_part_of_a_program(monkeypatch):
+    "An option that no XLA knows shows that it is handed on: to a program of the sampler's own, and to no larger one, whose options are its own."
+    from flaxdiff.exact import ExactModel, Gaussian
+    from flaxdiff.predictors import X0Predictor
+    from flaxdiff.samplers import EulerSampler, common
+    from flaxdiff.schedulers import EDMNoiseScheduler
+    monkeypatch.setattr(common, "compiler_options", lambda: {"xla_no_such_option": True})
+    schedule = EDMNoiseScheduler()
+    sampler = EulerSampler(ExactModel(Gaussian([0.0], [1.0]), schedule, X0Predictor()), {}, schedule, X0Predictor())
+    x, steps = jnp.ones((2, 1)), sampler.make_steps(3)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"): sampler.sample(x, steps, 0)
+    assert np.isfinite(jax.jit(lambda x: sampler.sample(x, steps, 0))(x)).all()

@@ -7,7 +7,6 @@ __all__ = ['REQUESTS', 'add_request', 'check_asked', 'encode_prompts', 'find_lab
            'make_denoiser', 'read_picture', 'draw_request']
 
 # %% ../../nbs/68_request.ipynb #0ffc55bf
-import difflib
 import io
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..editing.inpainting import METHODS
 from ..guidance import ClassifierFreeGuidance
 from ..network import null_of
 from ..text import load_text_encoder
-from ..utils import check_real
+from ..utils import check_real, did_you_mean
 
 # %% ../../nbs/68_request.ipynb #50410737
 def add_request(
@@ -102,9 +101,7 @@ def find_label(
         raise ValueError(f"label must be a number for classes of one name, {word!r} is any of {numbers}")
     shown = ", ".join(names[:20]) + ", …" * (len(names) > 20)
     named = f" or be one of {shown}" if shown else " (this model has no names for them)"
-    near = difflib.get_close_matches(word.casefold(), folded, 1)
-    hint = f"; did you mean {names[folded.index(near[0])]}?" if near else ""
-    raise ValueError(f"label must lie in 0 … {classes - 1}{named}, got {word!r}{hint}")
+    raise ValueError(f"label must lie in 0 … {classes - 1}{named}, got {word!r}{did_you_mean(word, names)}")
 
 def find_labels(
     labels,  # text such as sneaker or 0,3,9, or a list of classes by number or name

@@ -10,7 +10,6 @@ __all__ = ['ALIASES', 'ENDINGS', 'OPTIONS', 'GRIDS', 'BY_LAMBDA', 'NEED_LEVELS',
 
 # %% ../../nbs/67_sample.ipynb #03cb9d31
 import argparse
-import difflib
 import io
 import re
 import sys
@@ -29,7 +28,7 @@ from .train import (build_trainer, check_memory, local_path, picture_format, rea
 from ..pretrained import SAMPLERS, PretrainedModel, shipped_models
 from ..samplers import karras_grid, lambda_grid, leading_grid, trailing_grid, uniform_grid
 from ..speed import cache_programs, keep_memory
-from ..utils import check_choice, check_positive_int
+from ..utils import check_choice, check_positive_int, did_you_mean
 
 # %% ../../nbs/67_sample.ipynb #c6c2d8fd
 _all_ = ["SAMPLERS", "is_run", "open_model", "read_average", "run_model"]  # which had their place here once
@@ -99,9 +98,8 @@ def find_sampler(
     if word in known:
         own, options = known[word]
         return own, options, grid
-    near = difflib.get_close_matches(word, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
+    solvers, hint = ", ".join(SAMPLERS), did_you_mean(word, known)
+    raise ValueError(f"sampler must be one of {solvers}, got {name!r}{hint}")
 
 # %% ../../nbs/67_sample.ipynb #0a5418d4
 @dataclass(frozen=True)
