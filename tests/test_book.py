@@ -155,3 +155,17 @@ def test_every_word_of_an_equation_is_known(name):
     assert set(found) <= set(TEX), sorted(set(found) - set(TEX))
     fractions = [m for m in re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", text, flags=re.S) if re.search("[½¼¾⅓⅔]", m)]
     assert not fractions, f"KaTeX has no such letters: {fractions}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_what_a_chapter_needs_stands_before_it(name):
+    "Or in the appendix."
+    later = [need for need in BOOK["chapter"][name]["needs"] if FILES[name] < FILES[need] < FILES["jax"]]
+    assert not later, f"{name} needs {', '.join(later)}, which come after it"
+
+
+@pytest.mark.parametrize("name", [name for name in CHAPTERS if FILES[name] >= "29" and BOOK["chapter"][name]["place"] and "solver" not in BOOK["chapter"][name]["place"]])
+def test_the_colours_of_ode_and_sde_mean_nothing_else(name):
+    "Orange and green are theirs through the whole book; lines without a role take Matplotlib's C0 … C5."
+    code = "\n".join("".join(c["source"]) for c in cells(name) if c["cell_type"] == "code")
+    assert not re.search(r"""["'](ode|sde)["']""", code)

@@ -105,6 +105,7 @@ class RunRecord:
         self.out = Path(out)
         self.trainer = trainer
         self.rows = 0 if progress else math.inf  # of this session
+        self.drawn = None, None  # the update that the last pictures were drawn after, and they
         self.sampler = run_sampler(trainer)
         self.wandb = _start_wandb(config, self.out) if config.wandb else None
         self.columns = ["step", "loss", "gradient", "skipped", "images_per_second"]
@@ -154,9 +155,13 @@ class RunRecord:
         write_whole(self.out / "levels.png", self.draw_levels)
 
     def pictures(self):
-        "64 images of the averaged network as it is now, (64, H, W, C)."
-        self.sampler.params = self.trainer.denoiser.params
-        return draw_images(self.sampler, self.config, self.condition)
+        "64 images of the averaged network as it is now, (64, H, W, C); drawn once after each update."
+        step, images = self.drawn
+        if step != self.trainer.steps_done:
+            self.sampler.params = self.trainer.denoiser.params
+            images = draw_images(self.sampler, self.config, self.condition)
+            self.drawn = self.trainer.steps_done, images
+        return images
 
     def draw_levels(self,
                     path,  # of the picture

@@ -96,8 +96,8 @@ def conjugate_gradients(
 class Posterior(EditedDenoiser):
     """E[x₀ | x_t, y] for y = A x₀ + noise: x̂₀ + C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y - A x̂₀), C = (σ²/α) ∂x̂₀/∂x.
 
-    Exact where x₀ given x_t is Gaussian (Boys et al. 2024; by conjugate gradients Rozet et al. 2024). With
-    `variance` the inverse takes α, σ and that number's word for C (ΠGDM, Song et al. 2023, eq. 7).
+    Exact where x₀ given x_t is Gaussian (TMPD, Boys et al. 2024; MMPS, Rozet et al. 2024). With
+    `variance` the inverse takes α, σ and that number's guess for C (ΠGDM, Song et al. 2023, eq. 7).
     """
     operator: Any  # A, a pytree; called with (B, H, W, C)
     measurement: jax.Array  # (B, …): y
@@ -106,7 +106,7 @@ class Posterior(EditedDenoiser):
     variance: Any = None  # of the data, entry by entry; None: C as the denoiser's slope tells it
 
     def at(self, x, level, conditioning=()):
-        "One call of the network, and its gradient once or twice an iteration."
+        "One call of the network; a gradient for each iteration and one more, with `variance` one in all."
         def guess_x0(x):
             answered = ask(self.denoiser, x, level, conditioning)
             return answered[0], answered

@@ -41,9 +41,9 @@ def from_patches(
 def sine_positions(
     rows: int,  # of patches
     columns: int,  # of patches
-    width: int,  # D, which 4 divides
+    width: int,  # which 4 divides
 ) -> np.ndarray:
-    "Sines and cosines of each patch's column, then of its row, at D/4 frequencies (2): (rows·columns, D)."
+    "Sines and cosines of each patch's column, then row, at width/4 frequencies (2): (rows·columns, width)."
     omega = 10_000.0 ** -np.linspace(0, 1, width // 4, endpoint=False)
     row, column = np.divmod(np.arange(rows * columns), columns)
     angles = np.stack([column, row])[:, :, None] * omega
@@ -51,9 +51,9 @@ def sine_positions(
 
 # %% ../../nbs/31_dit.ipynb #aca47127
 def adaptive_norm(
-    h: jax.Array,  # (B, N, D)
-    scale: jax.Array | float = 0.0,  # (B, 1, D): a of (4)
-    shift: jax.Array | float = 0.0,  # (B, 1, D): b of (4)
+    h: jax.Array,  # (B, N, width)
+    scale: jax.Array | float = 0.0,  # (B, 1, width): a of (4)
+    shift: jax.Array | float = 0.0,  # (B, 1, width): b of (4)
 ) -> jax.Array:
     "(1 + a) (h - mean)/√(variance + 1e-6) + b, over the last axis (4), in float32 or better."
     h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
@@ -64,18 +64,18 @@ def adaptive_norm(
 # %% ../../nbs/31_dit.ipynb #286387ba
 class DiTBlock(nn.Module):
     "adaLN-Zero: attention, text and two layers, all silent at first (Peebles & Xie 2023, figure 3)."
-    heads: int  # must divide the width D
+    heads: int  # must divide the width
     dtype: Any = None  # of the computation
     dropout: float = 0.0  # share of the numbers before the last layer that are left out
 
     @nn.compact
     def __call__(self,
-                 h: jax.Array,  # (B, N, D): the patches
-                 condition: jax.Array,  # (B, D): what is known of time and label
+                 h: jax.Array,  # (B, N, width): the patches
+                 condition: jax.Array,  # (B, width): what is known of time and label
                  textcontext: jax.Array | None = None,  # (B, M, E): words to look at
                  textmask: jax.Array | None = None,  # (B, M), bool: which of them are there; all
                 ) -> jax.Array:
-        "(B, N, D); at initialisation, the input itself."
+        "(B, N, width); at initialisation, the input itself."
         width = h.shape[-1]
         dense = partial(nn.Dense, dtype=self.dtype,
                         dot_general=by_backend(matmul_of_rows, jax.lax.dot_general))
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
         def join_heads(x):
             return rearrange(x, "b n h d -> b n (h d)")
 
-        # What the condition asks of the two branches, (B, 1, D) each.
+        # What the condition asks of the two branches, (B, 1, width) each.
         asked = nn.Dense(6 * width, dtype=self.dtype, kernel_init=silent, name="modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(asked[:, None], 6, -1)
 
@@ -142,7 +142,7 @@ class DiT(nn.Module):
     "The diffusion transformer with adaLN-Zero, for any picture that the patch divides (Peebles & Xie 2023)."
     output_channels: int = 3  # channels of the output
     patch_size: int = 2  # p: a patch is p×p pixels
-    width: int = 384  # D: numbers that stand for a patch, a multiple of 4
+    width: int = 384  # numbers that stand for a patch, a multiple of 4
     depth: int = 12  # L: blocks
     heads: int = 6  # of each attention; must divide the width
     num_classes: int | None = None  # K: labels are 0 … K-1, and K stands for no class; None: no labels

@@ -49,7 +49,7 @@ class EDMSampler(HeunSampler):
         level = levels[i]
         pure = level.alpha == 0  # from u = ∞ nothing is raised
         u = level.sigma / jnp.where(pure, 1, level.alpha)
-        gamma = jnp.minimum(self.S_churn / (last + 2), math.sqrt(2) - 1)
+        gamma = jnp.minimum(self.S_churn / (last + 2), math.sqrt(2) - 1)  # last + 2 is N
         u_hat = jnp.minimum((1 + gamma) * u, self.highest_ratio(u.dtype))
         inside = (u >= self.S_tmin * (1 - 1e-5)) & (u <= self.S_tmax * (1 + 1e-5))  # up to rounding
         raised = inside & (u_hat > u) & ~pure

@@ -126,10 +126,12 @@ def make_ask(
     conditioning,  # a dict or tuple of arrays, each (B, …)
 ):
     "(x, time or `Level`) -> (x̂₀, ε̂, second half of the channels or None): one call of the denoiser."
+    traced_once = jax.jit(partial(ask_denoiser))  # a new object: its traces are let go with it
+
     def ask(x, level) -> tuple[Any, ...]:
         if not isinstance(level, Level):
             level = sampler.level(jnp.asarray(level))
-        return ask_denoiser(denoiser, x, level, conditioning)
+        return traced_once(denoiser, x, level, conditioning)
     return ask
 
 # %% ../../nbs/07_sampling.ipynb #e127f480
