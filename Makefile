@@ -36,7 +36,7 @@ demo: .venv/installed
 	$(BIN)/python tests/recognisable.py $(RUN)/samples.npy
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 tests
+	$(BIN)/python -m pytest -q -n 2 --durations=20 tests
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -q --slow -m slow tests

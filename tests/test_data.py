@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import struct
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -1686,7 +1687,6 @@ def test_states_and_parts_of_mixtures_that_do_not_fit():
 # ---- processes that read, and batches of other shapes
 
 def test_processes_read_the_same_stream_to_the_bit_count_damage_and_go_on(pictures, tmp_path):
-    import shutil
     shutil.copytree(pictures, tmp_path / "p")
     (tmp_path / "p" / "cats" / "00.png").write_bytes(b"no picture")
     def open(**rest): return get_dataset(f"folder:{tmp_path / 'p'}", 6, 8, labels=True, captions=True, crop="random", seed=2, **rest)[0]
@@ -1784,8 +1784,9 @@ def test_a_trainer_takes_the_shapes_that_the_buckets_have_and_no_others(aspects,
     data = open()
     whole.fit(data, 4, progress=False)
     whole.save(data)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
     whole.fit(data, 5, progress=False)
-    again, data = trainer(checkpoint_dir=tmp_path / "run"), open()
+    again, data = trainer(checkpoint_dir=tmp_path / "copy"), open()
     assert again.restore(data) == 4
     again.fit(data, 5, progress=False)
     for a, b in zip(jax.tree.leaves(whole.state.params), jax.tree.leaves(again.state.params)): np.testing.assert_array_equal(a, b)
