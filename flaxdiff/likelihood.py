@@ -300,7 +300,7 @@ def variational_bound(
     conditioning=(),  # a dict or tuple of further arguments of the model, each (B, …)
     rng=None,  # a key or a seed, of the noise; fresh by default
 ):
-    "An upper bound of -log p(x₀), without bias, by N-1 calls a draw (Kingma et al. 2021, section 4)."
+    "Upper bound of -log p(x₀), without bias, by N-1 calls a draw (Kingma et al. 2021, sections 4 and 5)."
     denoiser, schedule = denoiser_and_schedule(denoiser)
     x0 = check_floats("x0", x0)
     times = jnp.asarray(falling_times(schedule, steps), jnp.promote_types(x0.dtype, jnp.float32))

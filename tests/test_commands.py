@@ -559,7 +559,6 @@ def taught(finished, tmp_path_factory):
     return base / "run"
 
 
-@pytest.mark.slow
 def test_a_student_has_its_teachers_network_and_keeps_it(taught, tmp_path):
     config, model = read_config(taught / "config.json"), open_model(taught)
     assert (config.features, config.heads, config.emb_features, config.image_size) == (TINY.features, 2, 16, 8)
@@ -642,7 +641,6 @@ def steady(tmp_path_factory):
 def sha(out): return json.loads((out / "summary.json").read_text())["params_sha256"]
 
 
-@pytest.mark.slow
 def test_a_finished_run_made_longer_is_the_long_run(steady, tmp_path, capsys):
     out = tmp_path / "longer"
     train_main([*STEADY, "--steps", "10", "--out", str(out)])
@@ -699,7 +697,6 @@ def test_a_finished_run_is_left_alone_and_says_so(steady, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in steady.rglob("*")}
 
 
-@pytest.mark.slow
 def test_a_fresh_optimizer_only_by_name(steady, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(steady, out)
@@ -729,7 +726,6 @@ def pictures(folder, n=20, size=8):
     return folder
 
 
-@pytest.mark.slow
 def test_the_pictures_may_move(tmp_path, capsys):
     here, there, out = pictures(tmp_path / "here"), tmp_path / "there", tmp_path / "run"
     size = ["--image-size", 8, "--channels", 1, "--recipe", "digits"]
@@ -740,7 +736,6 @@ def test_the_pictures_may_move(tmp_path, capsys):
     assert config.dataset == f"folder:{there}" and json.loads((out / "summary.json").read_text())["steps"] == 6
 
 
-@pytest.mark.slow
 def test_high_and_wide_pictures_with_captions(tmp_path, capsys):
     "Cut to a few shapes, read by a process, their captions encoded once; how they are read may change later, what is cut may not."
     folder, cache, out = pictures(tmp_path / "pictures", 24, 32), tmp_path / "cache", tmp_path / "run"

@@ -364,7 +364,6 @@ def test_classes_stand_in_one_piece():
     assert len(patches) <= MOST_PATCHES, ", ".join(patches)
 
 
-@pytest.mark.slow
 def test_the_type_checker_has_nothing_to_say():
     checker = Path(sys.executable).with_name("basedpyright")
     done = subprocess.run([checker, "--pythonpath", sys.executable, "--level", "error"], cwd=ROOT, capture_output=True, text=True)
